@@ -1,0 +1,2887 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["requests>=2.25.0"]
+# ///
+"""Bring every SUCCEEDED Runway video to disk before its link dies.
+
+Reads the polling-results JSON that ``runway_task_polling_loop.py`` leaves, streams each
+SUCCEEDED video to ``video_outputs/<stub>.mp4``, writes ``<stub>.json`` beside it and prints
+a summary. The file reads as the data flows:
+
+    results file -> tasks -> names and plan -> transfer -> metadata -> outcome -> summary
+
+Pure functions over frozen dataclasses decide; `PartFile`, `Shelf`, `Transfer` and
+`DirectoryLock` are the places that touch disk and network; `Console` is the one that prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import errno
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import select
+import shlex
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from enum import Enum
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO
+
+if TYPE_CHECKING:  # imported when the first request is made: it costs more than a whole rerun
+    from concurrent.futures import Future
+
+    import requests
+
+__version__ = "1.0.0"
+
+DEFAULT_OUTPUT_DIR = "video_outputs"
+DEFAULT_WORKERS = 16
+MAX_WORKERS = 64
+DEFAULT_TIMEOUT_S = 30.0
+DEFAULT_RETRIES = 3
+
+BACKOFF_BASE_S = 0.5
+BACKOFF_CAP_S = 30.0
+RETRY_AFTER_CAP_S = 60.0
+STALL_BYTES_PER_SECOND = 1024
+READ_BYTES = 256 * 1024
+HASH_BYTES = 1024 * 1024
+SNIFF_BYTES = 512
+BYTES_PER_MB = 1024 * 1024
+
+NAME_MAX_BYTES = 255
+POSITION_SPACE = 2**30
+LOCK_NAME = ".download_succeeded_videos.lock"
+LOCK_POLL_S = 0.2
+REDRAW_S = 0.25
+STOP_GRACE_S = 1.0
+RATE_WINDOW_S = 5.0
+
+LINK_SHOWN_CHARS = 50
+EXISTING_SHOWN = 3
+FILES_SHOWN = 10
+PROBLEMS_SHOWN = 20
+FAILURES_SHOWN = 200
+VIDEOS_SHOWN = 50
+COMMAND_LINES_SHOWN = 10
+
+EXIT_OK = 0
+EXIT_CANNOT = 1
+EXIT_USAGE = 2
+EXIT_INCOMPLETE = 3
+
+RUNWAY_BASE_URL = "https://api.dev.runwayml.com"
+RUNWAY_VERSION = "2024-11-06"
+
+RESULTS_GLOB = "runway_polling_results_*.json"
+
+
+# --- Errors: the class says whether a retry, or a fresh link, helps --------------------------
+
+
+class DownloaderError(Exception):
+    """Base of everything this script raises on purpose; its text is one line for a person."""
+
+
+class JobError(DownloaderError):
+    """The run as a whole cannot go on: exit 1."""
+
+
+class ResultsFileError(DownloaderError):
+    """A results file cannot be used; the text names it and says why."""
+
+
+class Stopped(DownloaderError):
+    """Ctrl-C, SIGTERM or a failed run asked the work to end."""
+
+
+class TaskError(DownloaderError):
+    """One video failed for good. ``hint`` is what the user can do about it."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+class TransientError(TaskError):
+    """The same request may succeed a moment later, after ``retry_after_s`` if the server said."""
+
+    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(reason, "run again to try once more")
+        self.retry_after_s = retry_after_s
+
+
+class LinkRefused(TaskError):
+    """The link itself is dead (401, 403, 404, 410); a fresh one may work."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the link was refused (HTTP {status})")
+
+
+NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextlib.contextmanager
+def disk_errors(action: str) -> Iterator[None]:
+    """Turn an OSError of the local disk into the failure of the run (full) or of the task."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE_ERRNOS:
+            raise JobError(f"no space left on the disk, could not {action}") from None
+        reason = f"could not {action}: {error.strerror or type(error).__name__}"
+        raise TaskError(reason, "check the output directory, then run again") from None
+
+
+class Stop:
+    """The one switch that ends a run early, with the reason: a signal, or an error."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.signal_number: int | None = None
+        self.error: JobError | None = None
+
+    def on_signal(self, number: int, _frame: object) -> None:
+        """End the run gently; at the second signal, at once."""
+        if self.event.is_set():
+            os._exit(128 + number)
+        self.signal_number = number
+        self.event.set()
+
+    def fail(self, error: JobError) -> None:
+        self.error = self.error or error
+        self.event.set()
+
+    def check(self) -> None:
+        if self.event.is_set():
+            raise Stopped
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but wake and raise `Stopped` as soon as the run is to end."""
+        if self.event.wait(seconds):
+            raise Stopped
+
+
+# --- Text for people: nothing of a link's query, no control characters ------------------------
+
+
+def printable(text: str) -> str:
+    """``text`` with everything a terminal might obey instead of show replaced by ``?``."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def link_without_query(link: str) -> str:
+    """``link`` up to its query or fragment, and without user name and password."""
+    bare = re.split(r"[?#]", link, maxsplit=1)[0]
+    return re.sub(r"^([a-zA-Z]+://)[^/]*@", r"\1", bare)
+
+
+def shown_link(link: str) -> str:
+    bare = printable(link_without_query(link))
+    return bare if len(bare) <= LINK_SHOWN_CHARS else bare[:LINK_SHOWN_CHARS] + "..."
+
+
+def megabytes(size_bytes: float) -> str:
+    return f"{size_bytes / BYTES_PER_MB:.2f} MB"
+
+
+def shortened(lines: Sequence[str], limit: int, more: str) -> list[str]:
+    """At most ``limit`` of ``lines``; what is left out is counted in ``more.format(count)``."""
+    left_out = len(lines) - limit
+    return list(lines) if left_out <= 0 else [*lines[:limit], more.format(f"{left_out:,}")]
+
+
+# --- Results files: which ones, and what is in them -------------------------------------------
+
+
+def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
+    """The polling-results files in ``directories``, each once, latest first.
+
+    The time in the name counts, since a clone or copy makes all modification times equal;
+    a name without one counts by its modification time. Unreadable directories hold none.
+    """
+    pattern = re.compile(r"runway_polling_results_.*\.json", re.DOTALL)
+    found: dict[str, Path] = {}
+    for directory in directories:
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                if pattern.fullmatch(entry.name) and entry.is_file():
+                    found.setdefault(os.path.realpath(entry.path), Path(entry.path))
+    return sorted(found.values(), key=lambda path: (results_time(path), path.name), reverse=True)
+
+
+def results_time(path: Path) -> datetime:
+    """When the results in ``path`` were saved, as naive local time."""
+    for digits in re.findall(r"(?=(\d{8}_\d{6}))", path.name, re.ASCII):
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(digits, "%Y%m%d_%H%M%S")
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime)
+    except (OSError, ValueError, OverflowError):
+        return datetime.min
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The object in results file ``path``, with its ``task_results`` list.
+
+    Raises `ResultsFileError` in one line for whatever can be wrong with it.
+    """
+    name = printable(str(path))
+    try:
+        document = json.loads(
+            path.read_bytes().decode("utf-8-sig"),
+            parse_int=_number_or_text,
+            parse_constant=str,  # NaN and Infinity are not JSON; they must not cost the file
+        )
+    except OSError as error:
+        raise ResultsFileError(f"{name}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ResultsFileError(f"{name}: is not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ResultsFileError(f"{name}: is not JSON: {error.msg} ({where})") from None
+    except RecursionError:
+        raise ResultsFileError(f"{name}: is nested too deeply") from None
+    except ValueError as error:
+        raise ResultsFileError(f"{name}: cannot be read: {printable(str(error))}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("task_results"), list):
+        raise ResultsFileError(f'{name}: has no "task_results" list')
+    return document
+
+
+def _number_or_text(digits: str) -> int | str:
+    """An integer; as text where Python refuses to make one of so many digits."""
+    return int(digits) if len(digits) < 1000 else digits
+
+
+# --- Tasks: one SUCCEEDED row each ------------------------------------------------------------
+
+TEXT_FIELDS = (
+    "task_id",
+    "target_filename_stub",
+    "image_path",
+    "prompt",
+    "timestamp",
+    "completion_time",
+    "status",
+)
+EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")
+KEPT_FIELDS = (*TEXT_FIELDS, "final_status", "video_url", "seed", *EXTRA_FIELDS)
+
+_USABLE_LINK = re.compile(
+    r"https?://(?:[^/?#@]*@)?(?:\[[0-9a-f:.]+\]|[^/?#@:\[\]]+)(?::(?P<port>\d{1,5}))?(?:[/?#].*)?",
+    re.IGNORECASE,
+)
+_NOT_IN_LINKS = re.compile(r"[\s\x00-\x20\x7f-\x9f\ud800-\udfff\\]")
+
+
+def usable_link(value: object) -> str:
+    """``value`` as an http(s) link that can be asked for, or ``""``."""
+    link = value.strip() if isinstance(value, str) else ""
+    match = _USABLE_LINK.fullmatch(link)
+    if not match or _NOT_IN_LINKS.search(link) or int(match["port"] or 0) > 65535:
+        return ""
+    return link
+
+
+def link_expiry(link: str) -> float | None:
+    """When ``link`` dies, in Unix seconds: ``exp`` of its ``_jwt`` (RFC 7519), unverified.
+
+    ``None`` when the link does not say, or talks nonsense.
+    """
+    token = re.search(r"[?&]_jwt=[^.&#]*\.([^.&#]+)", link)
+    if not token:
+        return None
+    try:
+        payload = base64.urlsafe_b64decode(token[1] + "=" * (-len(token[1]) % 4))
+        expiry = json.loads(payload)["exp"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    if isinstance(expiry, bool) or not isinstance(expiry, (int, float)):
+        return None
+    return float(expiry) if 0 < expiry < 253402300800 else None  # the year 10000: no date
+
+
+def shown_time(unix_seconds: float) -> str:
+    return datetime.fromtimestamp(unix_seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A SUCCEEDED row, checked. ``row`` keeps of it what the metadata needs."""
+
+    task_id: str
+    stub: str
+    link: str
+    row: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def key(self) -> str:
+        """Equal for two rows of the same task: its id; without one the link, query aside."""
+        return task_key(self.task_id, self.link)
+
+    @property
+    def shown_id(self) -> str:
+        return printable(self.task_id[:8]) + "..." if self.task_id else "unknown"
+
+
+def task_key(task_id: str, link: str) -> str:
+    if task_id:
+        return f"id {task_id}"
+    return f"link {link_without_query(link)}" if link else ""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one results file holds, or several merged."""
+
+    tasks: list[Task] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+
+
+def read_rows(results: Mapping[str, Any]) -> Batch:
+    """The SUCCEEDED tasks of a results object, in order, and what is wrong with its rows."""
+    batch = Batch()
+    rows = results.get("task_results")
+    for number, row in enumerate(rows if isinstance(rows, list) else (), 1):
+        if not isinstance(row, dict):
+            batch.problems.append(f"Row {number} is not an object: passed over")
+            continue
+        status = row.get("final_status")
+        if status == "SUCCEEDED":
+            batch.tasks.append(task_from_row(row, f"Row {number}", batch.problems))
+        elif status is None:
+            batch.others["still running"] += 1
+        elif isinstance(status, str):
+            batch.others[printable(status[:20])] += 1
+        else:
+            batch.problems.append(f'Row {number}: "final_status" is not text: passed over')
+    return batch
+
+
+def task_from_row(row: Mapping[str, Any], name: str, problems: list[str]) -> Task:
+    """The task of SUCCEEDED ``row``; a text field of another type counts as missing."""
+    kept = {key: row[key] for key in KEPT_FIELDS if row.get(key) is not None}
+    for key in TEXT_FIELDS:
+        if not isinstance(kept.get(key, ""), str):
+            problems.append(f'{name}: "{key}" is not text: left out')
+            del kept[key]
+    task_id = kept.get("task_id", "")
+    stub = safe_stub(kept.get("target_filename_stub", "")) or default_stub(task_id)
+    link = usable_link(kept.get("video_url"))
+    if not link:
+        problems.append(f'{name} (task {printable(task_id[:36])}): no usable "video_url"')
+    return Task(task_id, stub, link, kept)
+
+
+def merge_tasks(batches: Iterable[Iterable[Task]]) -> list[Task]:
+    """Each task once, with the first row found that has a link: the freshest comes first."""
+    merged: dict[str, Task] = {}
+    nameless: list[Task] = []
+    for task in itertools.chain.from_iterable(batches):
+        if not task.key:
+            nameless.append(task)
+        elif task.key not in merged or (task.link and not merged[task.key].link):
+            merged[task.key] = task
+    return [*merged.values(), *nameless]
+
+
+# --- Names: a stub is a name, never a path ----------------------------------------------------
+
+_UNSAFE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f<>:"/\\|?*\ud800-\udfff'  # separators, control, not encodable
+    r"\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"  # lines and text direction
+)
+_RESERVED = re.compile(  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    r"(?:CON|PRN|AUX|NUL|COM[0-9¹²³]|LPT[0-9¹²³]|CONIN\$|CONOUT\$) *(?:\.|$)", re.IGNORECASE
+)
+_STUB_SUFFIX = re.compile(r"(?:_[0-9a-f]{8})+$")
+
+
+def safe_stub(stub: str) -> str:
+    """``stub`` as a name any common file system takes; ``""`` when nothing is left of it.
+
+    An ordinary stub comes back to the letter. Leading dots would hide the video.
+    """
+    name = _UNSAFE.sub("_", stub)
+    if not name.strip():
+        return ""
+    dots = len(name) - len(name.lstrip("."))
+    name = "_" * dots + name[dots:]
+    return fit(f"_{name}" if _RESERVED.match(name) else name)
+
+
+def default_stub(task_id: str) -> str:
+    return safe_stub(f"video_{task_id[:8]}") if task_id else "video_unknown"
+
+
+def fit(stub: str, suffix: str = "") -> str:
+    """``stub + suffix``, the stub cut so that ``.json`` and ``.mp4`` fit a file name."""
+    room = NAME_MAX_BYTES - len(suffix.encode()) - len(".json")
+    encoded = stub.encode()
+    return (stub if len(encoded) <= room else encoded[:room].decode(errors="ignore")) + suffix
+
+
+def candidate_stubs(task: Task) -> Iterator[str]:
+    """The names ``task`` may get, best first: its stub, with its id, with a number."""
+    short_id = safe_stub(task.task_id[:8]) or digest(task.key)[:8]
+    yield task.stub
+    yield fit(task.stub, f"_{short_id}")
+    for number in itertools.count(2):
+        yield fit(task.stub, f"_{short_id}_{number}")
+
+
+def fold(name: str) -> str:
+    """The same for two names that some file system takes for one: case and Unicode form."""
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The ``number``-th of ``count`` equal parts of all stubs; 1 of 1 is everything.
+
+    Stubs are hashed onto positions, a part is an interval of them. So a part is the same
+    whatever else the results hold, and overlap of any two parts of any two sets is plain.
+    """
+
+    number: int = 1
+    count: int = 1
+
+    @property
+    def positions(self) -> range:
+        return range(
+            POSITION_SPACE * (self.number - 1) // self.count,
+            POSITION_SPACE * self.number // self.count,
+        )
+
+    def holds(self, task: Task) -> bool:
+        return self.count == 1 or stub_position(task.stub) in self.positions
+
+
+def stub_position(stub: str) -> int:
+    """Where ``stub`` stands in the shards' space: with all the names it may get."""
+    return int(digest(_STUB_SUFFIX.sub("", fold(stub)))[:8], 16) % POSITION_SPACE
+
+
+# --- MP4 structure (ISO/IEC 14496-12) ---------------------------------------------------------
+
+
+class Content(Enum):
+    """What a body turns out to be. An ODD_MP4 starts like one but cannot be walked."""
+
+    WHOLE_MP4 = "a whole MP4"
+    CUT_MP4 = "an MP4 cut short"
+    ODD_MP4 = "an MP4 of unknown structure"
+    ERROR_PAGE = "an error page"
+    OTHER = "not an MP4"
+
+
+_FIRST_BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"pnot"}
+_ERROR_PAGE = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:<[A-Za-z!?]|\{\s*["}]|\[\s*[\[{"\]])')
+_BOXES_MAX = 100_000
+
+
+def inspect(file: BinaryIO, size_bytes: int) -> Content:
+    """Look at the first bytes of ``file`` and walk its top-level boxes."""
+    file.seek(0)
+    start = file.read(SNIFF_BYTES)
+    if start[4:8] in _FIRST_BOXES:
+        return walk_boxes(file, size_bytes)
+    if len(start) < 8 and start.startswith(b"\0\0\0"):
+        return Content.CUT_MP4
+    return Content.ERROR_PAGE if _ERROR_PAGE.match(start) else Content.OTHER
+
+
+def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
+    """ISO/IEC 14496-12, 4.2: size and type; size 1: 64 bits follow; size 0: up to the end."""
+    offset = 0
+    for _ in range(_BOXES_MAX):
+        if offset == size_bytes:
+            return Content.WHOLE_MP4
+        file.seek(offset)
+        header = file.read(16)
+        if len(header) < 8:
+            return Content.CUT_MP4
+        length = int.from_bytes(header[:4], "big")
+        if length == 0:
+            return Content.WHOLE_MP4
+        header_length = 16 if length == 1 else 8
+        if length == 1:
+            if len(header) < 16:
+                return Content.CUT_MP4
+            length = int.from_bytes(header[8:], "big")
+        if length < header_length:
+            return Content.ODD_MP4
+        offset += length
+        if offset > size_bytes:
+            return Content.CUT_MP4
+    return Content.ODD_MP4
+
+
+# --- The plan: which name, and download, adopt or leave ---------------------------------------
+
+
+class Slot(Enum):
+    """What a look at one name found."""
+
+    FREE = "nothing there"
+    BROKEN = "an empty video, or an MP4 cut short, without metadata"
+    ORPHAN = "a video without metadata"
+    OURS = "metadata of this task, but no video"
+    DONE = "metadata of this task, and its video"
+    TAKEN = "somebody else's"
+
+
+class Action(Enum):
+    DOWNLOAD = "download"
+    ADOPT = "adopt"
+    KEEP = "keep"
+
+
+_ACTIONS = {
+    Slot.FREE: Action.DOWNLOAD,
+    Slot.BROKEN: Action.DOWNLOAD,
+    Slot.OURS: Action.DOWNLOAD,
+    Slot.ORPHAN: Action.ADOPT,
+    Slot.DONE: Action.KEEP,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do for ``task``, under the name ``stub``, where ``slot`` was found."""
+
+    task: Task
+    stub: str
+    slot: Slot
+    size_bytes: int = 0
+
+    @property
+    def action(self) -> Action:
+        return _ACTIONS[self.slot]
+
+
+def urgency(plan: Plan) -> tuple[bool, float]:
+    """Sorts links that die soonest first, those that do not say when last."""
+    expiry = link_expiry(plan.task.link)
+    return plan.action is Action.ADOPT, math.inf if expiry is None else expiry
+
+
+class Shelf:
+    """The output directory as one scan saw it; reads each metadata file at most once."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._names: dict[str, list[str]] = {}
+        self._owners: dict[str, str | None] = {}
+        try:
+            for name in os.listdir(directory):
+                self._names.setdefault(fold(name), []).append(name)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise JobError(f"{printable(str(directory))}: {error.strerror}") from None
+
+    def names(self, name: str) -> list[str]:
+        """The names on disk that are ``name``, but for case and Unicode form."""
+        return self._names.get(fold(name), [])
+
+    def owner(self, metadata_name: str) -> str | None:
+        """The key of the task that ``metadata_name`` belongs to, or ``None``."""
+        if metadata_name not in self._owners:
+            metadata = read_metadata(self.directory / metadata_name)
+            self._owners[metadata_name] = metadata_owner(metadata)
+        return self._owners[metadata_name]
+
+    def video_bytes(self, name: str) -> int | None:
+        """The size of video ``name``; ``None`` when it is not there or no regular file."""
+        try:
+            status = os.stat(os.path.join(self.directory, name))
+        except (OSError, ValueError):
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def look(self, stub: str, key: str) -> tuple[Slot, str, int]:
+        """What stands under ``stub`` for the task ``key``: slot, stub as on disk, bytes."""
+        metadata = self.names(f"{stub}.json")
+        for name in metadata:
+            if name.endswith(".json") and self.owner(name) == key:
+                own = name.removesuffix(".json")
+                size = self.video_bytes(f"{own}.mp4")
+                return (Slot.DONE, own, size) if size else (Slot.OURS, own, 0)
+        videos = self.names(f"{stub}.mp4")
+        if not metadata and not videos:
+            return Slot.FREE, stub, 0
+        if metadata or videos != [f"{stub}.mp4"]:
+            return Slot.TAKEN, stub, 0
+        return self._look_at_orphan(stub)
+
+    def _look_at_orphan(self, stub: str) -> tuple[Slot, str, int]:
+        size = self.video_bytes(f"{stub}.mp4")
+        if size is None:
+            return Slot.TAKEN, stub, 0
+        if size == 0:
+            return Slot.BROKEN, stub, 0
+        try:
+            with open(self.directory / f"{stub}.mp4", "rb") as file:
+                content = inspect(file, size)
+        except OSError:
+            return Slot.TAKEN, stub, 0
+        if content is Content.CUT_MP4:
+            return Slot.BROKEN, stub, size
+        return (Slot.TAKEN if content is Content.ERROR_PAGE else Slot.ORPHAN), stub, size
+
+
+def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str]) -> Plan:
+    """Find ``task`` on ``shelf``, or the place it is to have.
+
+    ``claimed`` maps folded stubs that are about to be filled to the key of their task. The
+    task's own finished video wins, then a place its metadata already holds, then the best
+    name nobody has.
+    """
+    best: Plan | None = None
+    for number, stub in enumerate(candidate_stubs(task)):
+        slot, actual, size = shelf.look(stub, task.key)
+        if claimed.get(fold(stub), task.key) != task.key:
+            slot = Slot.TAKEN
+        plan = Plan(task, actual, slot, size)
+        if slot is Slot.DONE:
+            return plan
+        if slot is not Slot.TAKEN and (best is None or (slot, best.slot) == (Slot.OURS, Slot.FREE)):
+            best = plan
+        if best and number > 0 and slot in (Slot.FREE, Slot.TAKEN):
+            break
+    assert best is not None  # the numbers never run out
+    return best
+
+
+def plan_all(tasks: Iterable[Task], shelf: Shelf, claimed: dict[str, str]) -> list[Plan]:
+    """Plan ``tasks`` in order, so that a rerun gives each the same name; adds to ``claimed``."""
+    plans = []
+    for task in tasks:
+        plan = plan_task(task, shelf, claimed)
+        if plan.action is not Action.KEEP:
+            claimed[fold(plan.stub)] = task.key
+        plans.append(plan)
+    return plans
+
+
+# --- What an answer's head says (RFC 9110) ----------------------------------------------------
+
+
+def parse_length(value: str | None) -> int | None:
+    """``Content-Length`` in bytes; ``None`` for nonsense. ``"5, 5"`` is 5 (section 8.6)."""
+    lengths = {part.strip() for part in (value or "").split(",")}
+    length = lengths.pop() if len(lengths) == 1 else ""
+    return int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
+
+
+def parse_content_range(value: str | None) -> tuple[int, int, int] | None:
+    """First byte, last byte and total of ``Content-Range`` (section 14.4); else ``None``."""
+    match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", (value or "").strip())
+    if not match:
+        return None
+    first, last, total = (int(number) for number in match.groups())
+    return (first, last, total) if first <= last < total else None
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Seconds to wait (section 10.2.3), from a number or a date; ``None`` for nonsense."""
+    text = (value or "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def strong_validator(headers: Mapping[str, str]) -> str:
+    """What tells this object from any other (section 8.8): ETag, else Last-Modified, or "".
+
+    A weak ETag says that the bytes may differ: nothing may be resumed with it (13.1.5).
+    """
+    etag = (headers.get("ETag") or "").strip()
+    if etag:
+        return etag if re.fullmatch(r'"[^"\x00-\x20\x7f]*"', etag) else ""
+    return (headers.get("Last-Modified") or "").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The head of a response, nonsense already turned into ``None`` or ``""``."""
+
+    status: int
+    length: int | None = None
+    content_range: tuple[int, int, int] | None = None
+    validator: str = ""
+    chunked: bool = False
+    encoding: str = ""
+    media_type: str = ""
+    retry_after_s: float | None = None
+
+    @property
+    def total(self) -> int | None:
+        """The whole object's bytes, if the answer says them."""
+        if self.encoding:
+            return None
+        if self.status == 206:
+            return self.content_range[2] if self.content_range else None
+        return self.length
+
+
+def read_head(status: int, headers: Mapping[str, str], now: float) -> Answer:
+    """Read what matters from ``headers`` (case-insensitive); ``now`` in Unix seconds."""
+    encoding = (headers.get("Content-Encoding") or "").strip().lower()
+    chunked = "chunked" in (headers.get("Transfer-Encoding") or "").lower()
+    return Answer(
+        status=status,
+        length=None if chunked else parse_length(headers.get("Content-Length")),
+        content_range=parse_content_range(headers.get("Content-Range")),
+        validator=strong_validator(headers),
+        chunked=chunked,
+        encoding="" if encoding == "identity" else encoding,
+        media_type=(headers.get("Content-Type") or "").split(";")[0].strip().lower(),
+        retry_after_s=parse_retry_after(headers.get("Retry-After"), now),
+    )
+
+
+_TRANSIENT_STATUSES = {408, 425, 429}
+_REFUSED_STATUSES = {401, 403, 404, 410}
+_DECODERS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # wbits of zlib; 47: zlib or gzip head
+_PAGE_TYPES = re.compile(r"text/.*|application/(?:json|xml|xhtml\+xml)|.*\+(?:json|xml)")
+
+
+def check_status(answer: Answer) -> None:
+    """Raise what a status other than 200 and 206 means: transient, refused or final."""
+    status = answer.status
+    if status in (200, 206):
+        return
+    if status in _TRANSIENT_STATUSES or status >= 500:
+        raise TransientError(f"the server answered HTTP {status}", answer.retry_after_s)
+    if status in _REFUSED_STATUSES:
+        raise LinkRefused(status)
+    raise TaskError(f"the server answered HTTP {status}", "check the link in the results file")
+
+
+def check_content(answer: Answer) -> None:
+    """Refuse a body that cannot be the video, before a byte of it is read."""
+    if _PAGE_TYPES.fullmatch(answer.media_type):
+        kind = printable(answer.media_type)
+        raise TaskError(f"the server sent an error page ({kind})", "open the link to read it")
+    if answer.encoding and answer.encoding not in _DECODERS:
+        kind = printable(answer.encoding)
+        raise TaskError(f"the server sent an unknown encoding ({kind})", "report it to the host")
+    if answer.length == 0:
+        raise TaskError("the server sent an empty body", "check the task in Runway")
+
+
+@dataclass(frozen=True, slots=True)
+class PartId:
+    """Whose part file it is and of which object; all of it is in the file's name.
+
+    A name changes in one step, so no crash can part the bytes from the validator they
+    came with. ``total`` 0 or no ``validator``: cannot be resumed.
+    """
+
+    position: int
+    task_digest: str
+    total: int = 0
+    validator: str = ""
+
+    @property
+    def filename(self) -> str:
+        validator = base64.urlsafe_b64encode(self.validator.encode("latin-1", "replace")).decode()
+        return f".{self.position:08x}-{self.task_digest}-{self.total}-{validator.rstrip('=')}.part"
+
+    @property
+    def resumable(self) -> bool:
+        return self.total > 0 and self.validator != ""
+
+    @classmethod
+    def of(cls, task: Task, answer: Answer | None = None) -> PartId:
+        """The id for the object that ``answer`` begins to send."""
+        bare = cls(stub_position(task.stub), digest(task.key)[:16])
+        if not answer or not answer.total or not answer.validator:
+            return bare
+        part_id = cls(bare.position, bare.task_digest, answer.total, answer.validator)
+        fits = part_id.validator.isascii() and len(part_id.filename) <= NAME_MAX_BYTES
+        return part_id if fits else bare
+
+    @classmethod
+    def parse(cls, filename: str) -> PartId | None:
+        match = re.fullmatch(
+            r"\.([0-9a-f]{8})-([0-9a-f]{16})-([0-9]+)-([\w-]*)\.part", filename, re.ASCII
+        )
+        if not match:
+            return None
+        encoded = match[4] + "=" * (-len(match[4]) % 4)
+        try:
+            validator = base64.urlsafe_b64decode(encoded).decode("latin-1")
+        except ValueError:
+            return None
+        return cls(int(match[1], 16), match[2], int(match[3]), validator)
+
+
+class Body(Enum):
+    """What to do with the body of an answer."""
+
+    WRITE = "write from zero"
+    APPEND = "append to the part"
+    ASK_AGAIN = "drop the part and ask for everything"
+
+
+def judge(answer: Answer, part_id: PartId | None, offset: int) -> Body:
+    """Decide on the answer to a request that asked for ``offset`` onwards of ``part_id``.
+
+    ``part_id`` is ``None`` when the whole object was asked for. Appends only to the very
+    same object (RFC 9110, 15.3.7), even if the server ignored ``If-Range``. Raises what
+    `check_status` and `check_content` raise.
+    """
+    if part_id and answer.status == 416:
+        return Body.ASK_AGAIN
+    check_status(answer)
+    check_content(answer)
+    if answer.status == 200:
+        return Body.WRITE
+    first, last, total = answer.content_range or (-1, -1, -1)
+    as_long_as_said = answer.length in (None, last - first + 1)
+    if part_id is None:
+        if (first, last + 1) == (0, total) and as_long_as_said:
+            return Body.WRITE
+        raise TransientError("the server sent a part that was not asked for")
+    same_object = (total, answer.validator) == (part_id.total, part_id.validator)
+    if first == offset and same_object and as_long_as_said and not answer.encoding:
+        return Body.APPEND
+    return Body.ASK_AGAIN
+
+
+# --- Transport: requests, with one TLS context and a guard against stalls ---------------------
+
+
+class StallGuard(io.RawIOBase):
+    """The socket's stream: hands on all that has arrived, raises when next to nothing does.
+
+    Reading as much as is there, and no more, keeps the number of calls low and lets every
+    byte reach the disk at once. An error waits until the bytes before it are handed on.
+    """
+
+    def __init__(self, raw: io.RawIOBase, sock: Any, clock: Callable[[], float]) -> None:
+        self._raw = raw
+        self._sock = sock
+        self._timeout_s: float = sock.gettimeout() or math.inf
+        self._clock = clock
+        self._error: OSError | None = None
+        self._total = 0
+        self._marks: deque[tuple[float, int]] = deque()
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        if self._error:
+            raise self._error
+        view = memoryview(buffer)
+        filled = 0
+        while filled < len(view) and (not filled or has_data(self._sock)):
+            try:
+                count = self._raw.readinto(view[filled:]) or 0
+            except OSError as error:
+                if not filled:
+                    raise
+                self._error = error
+                break
+            if not count:
+                break
+            filled += count
+        self._note(filled)
+        return filled
+
+    def _note(self, count: int) -> None:
+        """Keep marks of (time, bytes so far) over one timeout's time, and judge by them."""
+        now = self._clock()
+        self._total += count
+        marks = self._marks
+        while len(marks) > 1 and marks[1][0] <= now - self._timeout_s:
+            marks.popleft()
+        if not marks or now - marks[-1][0] >= self._timeout_s / 10:
+            marks.append((now, self._total))
+        since, before = marks[0]
+        slow = self._total - before < STALL_BYTES_PER_SECOND * self._timeout_s
+        if count and slow and now - since >= self._timeout_s:
+            raise TimeoutError(errno.ETIMEDOUT, "stalled")
+
+
+def has_data(sock: Any) -> bool:
+    """Whether a read from ``sock`` would return at once."""
+    pending = getattr(sock, "pending", None)
+    if pending and pending():
+        return True
+    try:
+        return bool(select.select([sock], [], [], 0)[0])
+    except ValueError:  # select takes no descriptor above 1023: be content with one read
+        return False
+
+
+class GuardedResponse(HTTPResponse):
+    """http.client's response over a `StallGuard`, whose reads do not wait to be full."""
+
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        guard = StallGuard(self.fp.detach(), sock, time.monotonic)
+        self.fp = io.BufferedReader(guard, READ_BYTES)
+
+    def read(self, amt: int | None = None) -> bytes:
+        if amt is None:
+            return super().read()
+        data = self.read1(amt)
+        if self.length == 0:
+            self._close_conn()  # type: ignore[attr-defined]
+        return data
+
+
+def make_session(workers: int) -> requests.Session:
+    """A session for ``workers`` threads: kept-alive connections and one TLS context.
+
+    Left alone, requests loads the CA bundle anew for each connection: 20 ms of CPU each.
+    """
+    import requests
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    class PlainConnection(HTTPConnection):
+        response_class = GuardedResponse
+
+    class TLSConnection(HTTPSConnection):
+        response_class = GuardedResponse
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = PlainConnection
+
+    class TLSPool(HTTPSConnectionPool):
+        ConnectionCls = TLSConnection
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, ssl_context=context, **kwargs)
+            self.poolmanager.pool_classes_by_scheme = pools
+
+        def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+            manager = super().proxy_manager_for(proxy, ssl_context=context, **kwargs)
+            manager.pool_classes_by_scheme = pools
+            return manager
+
+        def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().send(request, *args, **{**kwargs, "verify": True})
+
+        def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+            """Add nothing: the context holds the bundle and asks for a good certificate."""
+
+    pools = {"http": PlainPool, "https": TLSPool}
+    context = make_tls_context()
+    session = requests.Session()
+    session.headers["User-Agent"] = f"download_succeeded_videos/{__version__}"
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, Adapter(pool_connections=workers, pool_maxsize=workers))
+    return session
+
+
+def make_tls_context() -> Any:
+    """A verifying context with the CA bundle that requests would take."""
+    from requests.utils import DEFAULT_CA_BUNDLE_PATH
+    from urllib3.util.ssl_ import create_urllib3_context
+
+    environment = (os.environ.get(name) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
+    bundle = next(filter(None, environment), None) or DEFAULT_CA_BUNDLE_PATH
+    context = create_urllib3_context()
+    try:
+        if os.path.isdir(bundle):
+            context.load_verify_locations(capath=bundle)
+        else:
+            context.load_verify_locations(cafile=bundle)
+    except OSError as error:
+        reason = error.strerror or "not a CA bundle"
+        raise JobError(f"the CA bundle {printable(bundle)} cannot be loaded: {reason}") from None
+    return context
+
+
+def explain(error: BaseException, timeout_s: float) -> TaskError:
+    """A library's exception in our words: theirs may hold the link, query and all."""
+    import ssl
+
+    from requests import exceptions
+    from urllib3.exceptions import ReadTimeoutError
+
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            reason = f"the server's certificate is not trusted: {cause.verify_message}"
+            return TaskError(reason, "set REQUESTS_CA_BUNDLE to the bundle that holds its CA")
+    if isinstance(error, exceptions.ConnectTimeout):
+        return TransientError(f"no connection within {timeout_s:g} s")
+    if isinstance(error, (exceptions.Timeout, ReadTimeoutError, TimeoutError)):
+        return TransientError(f"stalled: less than 1 kB/s for {timeout_s:g} s")
+    if isinstance(error, exceptions.TooManyRedirects):
+        return TaskError("the link redirects without end", "check the link in the results file")
+    if isinstance(error, ValueError):
+        return TaskError("the link leads to an unusable address", "check it in the results file")
+    for cause in causes:
+        if type(cause).__name__ in ("gaierror", "NameResolutionError"):
+            return TransientError("the host name cannot be resolved")
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno and cause.strerror:
+            return TransientError(f"the connection failed: {cause.strerror}")
+    return TransientError("the connection was cut")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what it was made of, whichever way the libraries wrapped it."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, BaseException) and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            waiting += [*each.args, getattr(each, "reason", None), each.__cause__, each.__context__]
+
+
+@contextlib.contextmanager
+def network_errors(timeout_s: float) -> Iterator[None]:
+    """Let only `TaskError` out of code that talks to a server."""
+    from requests.exceptions import RequestException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except (RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
+        raise explain(error, timeout_s) from None
+
+
+# --- Part files: hidden, written as bytes arrive ----------------------------------------------
+
+
+class PartFile:
+    """The growing file of one download, with the SHA-256 of what is in it."""
+
+    def __init__(self, directory: Path, part_id: PartId) -> None:
+        """Open the part file of ``part_id`` as it stands, reading what it holds already."""
+        self.id = part_id
+        self.path = directory / part_id.filename
+        self.size_bytes = 0
+        self._sha256 = hashlib.sha256()
+        with disk_errors("write to the output directory"):
+            mode = "r+b" if self.path.exists() else "x+b"
+            self.file = io.FileIO(self.path, mode)
+            while block := self.file.read(HASH_BYTES):
+                self._add(block)
+
+    @classmethod
+    def find(cls, directory: Path, task: Task) -> PartFile | None:
+        """What an earlier run left of ``task``, if it can be resumed."""
+        prefix = PartId.of(task).filename.split("-0-")[0]
+        found = None
+        for path in hidden_files(directory, prefix):
+            part_id = PartId.parse(path.name)
+            if part_id and part_id.resumable and not found:
+                found = cls(directory, part_id)
+                if 0 < found.size_bytes <= part_id.total:
+                    continue
+                found.close()
+                found = None
+            remove(path)
+        return found
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+    @property
+    def complete(self) -> bool:
+        return self.id.resumable and self.size_bytes == self.id.total
+
+    def _add(self, data: bytes) -> None:
+        self._sha256.update(data)
+        self.size_bytes += len(data)
+
+    def write(self, data: bytes) -> None:
+        with disk_errors("write the video"):
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self.file.write(rest) or 0 :]
+        self._add(data)
+
+    def content(self) -> Content:
+        with disk_errors("read the video back"):
+            return inspect(self.file, self.size_bytes)
+
+    def sync(self) -> None:
+        with disk_errors("write the video"):
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+    def close(self) -> None:
+        """Close it; what a later run could not resume is removed."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+        if not self.id.resumable or not self.size_bytes:
+            remove(self.path)
+
+    def discard(self) -> None:
+        self.close()
+        remove(self.path)
+
+
+def hash_file(path: Path, stop: Stop) -> tuple[int, str]:
+    """Bytes and SHA-256 of ``path``, read in constant memory; raises `TaskError`."""
+    size_bytes, sha256 = 0, hashlib.sha256()
+    with disk_errors(f"read {printable(path.name)}"), open(path, "rb", buffering=0) as file:
+        while block := file.read(HASH_BYTES):
+            stop.check()
+            sha256.update(block)
+            size_bytes += len(block)
+    return size_bytes, sha256.hexdigest()
+
+
+def remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def hidden_files(directory: Path, prefix: str = ".") -> list[Path]:
+    """The part files and temporary metadata in ``directory`` whose names begin so."""
+    pattern = re.compile(r"\.[0-9a-f]{8}-[0-9a-f]{16}[\w-]*\.(?:part|tmp)", re.ASCII)
+    with contextlib.suppress(OSError):
+        return [
+            directory / name
+            for name in os.listdir(directory)
+            if name.startswith(prefix) and pattern.fullmatch(name)
+        ]
+    return []
+
+
+def sweep(directory: Path, positions: range, keep: set[str]) -> None:
+    """Remove the part files of ``positions``, but for the tasks whose digests are in ``keep``."""
+    for path in hidden_files(directory):
+        position, task_digest = path.name[1:9], path.name[10:26]
+        if int(position, 16) in positions and task_digest not in keep:
+            remove(path)
+
+
+# --- Transfer: attempts, back-off, resume, a fresh link ---------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to download; times in seconds."""
+
+    workers: int = DEFAULT_WORKERS
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    retries: int = DEFAULT_RETRIES
+    shard: Shard = Shard()
+    command: tuple[str, ...] = ()
+
+
+def backoff_s(failures: int, retry_after_s: float | None, jitter: float) -> float:
+    """Seconds before the next try: exponential, ``jitter`` in [0, 1) halves it at most."""
+    delay = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2.0 ** min(failures - 1, 10))
+    return max(delay * (0.5 + jitter / 2), retry_after_s or 0.0)
+
+
+class Retries:
+    """Counts the tries of one task, waits between them and remembers why."""
+
+    def __init__(self, limit: int, wait: Callable[[float], None]) -> None:
+        self.limit = limit
+        self.reasons: list[str] = []
+        self._failures = 0
+        self._wait = wait
+
+    def renew(self) -> None:
+        """Bytes came: all tries are left again."""
+        self._failures = 0
+
+    def back_off(self, error: TransientError) -> None:
+        """Wait until it is time for another try; raise ``error`` when none is left."""
+        if (error.retry_after_s or 0) > RETRY_AFTER_CAP_S:
+            reason = f"{error.reason} and asks to wait {error.retry_after_s:.0f} s"
+            raise TaskError(reason, "run again after that time") from None
+        if self._failures >= self.limit:
+            tries = len(self.reasons) + 1
+            reason = error.reason if tries == 1 else f"{error.reason} (tried {tries} times)"
+            raise TaskError(reason, error.hint) from None
+        self._failures += 1
+        self.reasons.append(error.reason)
+        self._wait(backoff_s(self._failures, error.retry_after_s, random.random()))
+
+
+class Progress:
+    """What the live line needs to know of all transfers; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.received = 0
+        self._sizes: dict[str, tuple[int, int | None]] = {}
+
+    def note(self, key: str, size_bytes: int, total: int | None, received: int) -> None:
+        """Task ``key`` has ``size_bytes`` of ``total`` on disk, ``received`` of them now."""
+        with self._lock:
+            self.received += received
+            self._sizes[key] = (size_bytes, total)
+
+    def sizes(self) -> list[tuple[int, int | None]]:
+        with self._lock:
+            return list(self._sizes.values())
+
+
+class Decoder:
+    """Undoes a Content-Encoding that was not asked for, in bounded memory."""
+
+    def __init__(self, encoding: str) -> None:
+        self._decompressor = zlib.decompressobj(_DECODERS[encoding])
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        try:
+            while data:
+                yield self._decompressor.decompress(data, READ_BYTES)
+                data = self._decompressor.unconsumed_tail
+        except zlib.error:
+            raise TransientError("the encoded body is damaged") from None
+
+    def finish(self) -> bytes:
+        """The rest; raises `TransientError` when the encoded body did not come to its end."""
+        rest = self._decompressor.flush()
+        if not self._decompressor.eof or self._decompressor.unused_data:
+            raise TransientError("the encoded body is cut or damaged")
+        return rest
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """What all transfers of a run share."""
+
+    directory: Path
+    settings: Settings
+    session: requests.Session
+    stop: Stop
+    progress: Progress
+    wait: Callable[[float], None]
+
+
+class Transfer:
+    """Brings one task's video, whole, into its part file."""
+
+    def __init__(self, task: Task, place: Workplace) -> None:
+        self.task = task
+        self.place = place
+        self.retries = Retries(place.settings.retries, place.wait)
+        self.refreshed = False
+        self.warning = ""
+        self._link = task.link
+        self._part: PartFile | None = None
+        self._most_bytes = 0
+
+    def run(self) -> PartFile:
+        """The part file with the whole video; raises `TaskError`, `JobError`, `Stopped`."""
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(self._close)
+            self._part = PartFile.find(self.place.directory, self.task)
+            part = self._try_until_whole()
+            cleanup.pop_all()
+        return part
+
+    def _try_until_whole(self) -> PartFile:
+        while True:
+            self.place.stop.check()
+            try:
+                part = self._part if self._part and self._part.complete else self._fetch()
+                self._check_content(part)
+                return part
+            except LinkRefused as error:
+                self._refresh(error)
+            except TransientError as error:
+                self._note_progress()
+                self.retries.back_off(error)
+
+    def _note_progress(self) -> None:
+        """Renew the tries if this one got further than any; drop what cannot be resumed."""
+        part = self._part
+        if part and part.size_bytes > self._most_bytes:
+            self._most_bytes = part.size_bytes
+            self.retries.renew()
+        if part and not (part.id.resumable and part.size_bytes):
+            self._drop()
+
+    def _fetch(self) -> PartFile:
+        """One request for what is missing, its body written as it arrives."""
+        part = self._part
+        offset = part.size_bytes if part else 0
+        headers = {"Accept-Encoding": "identity"}
+        if part:
+            headers |= {"Range": f"bytes={offset}-", "If-Range": part.id.validator}
+        with self._open(headers) as response:
+            answer = read_head(response.status_code, response.headers, time.time())
+            todo = judge(answer, part.id if part else None, offset)
+            if not part or todo is not Body.APPEND:
+                self._drop()
+                part = PartFile(self.place.directory, PartId.of(self.task, answer))
+                self._part = part
+            if todo is not Body.ASK_AGAIN:
+                self._receive(response, answer, part)
+                return part
+        self._drop()
+        return self._fetch()
+
+    def _open(self, headers: Mapping[str, str]) -> requests.Response:
+        if not self._link:
+            raise LinkRefused(0)
+        timeout_s = self.place.settings.timeout_s
+        with network_errors(timeout_s):
+            return self.place.session.get(
+                self._link, headers=headers, timeout=(timeout_s, timeout_s), stream=True
+            )
+
+    def _receive(self, response: requests.Response, answer: Answer, part: PartFile) -> None:
+        """Write the body to ``part`` and count it against what the head announced."""
+        decoder = Decoder(answer.encoding) if answer.encoding else None
+        received = 0
+        while data := self._read(response):
+            received += len(data)
+            for piece in decoder.feed(data) if decoder else (data,):
+                part.write(piece)
+            self.place.progress.note(self.task.key, part.size_bytes, answer.total, len(data))
+            self.place.stop.check()
+        if answer.length is not None and received < answer.length:
+            raise TransientError("the connection was cut")
+        if decoder:
+            part.write(decoder.finish())
+        if part.size_bytes == 0 and not answer.chunked and not decoder:
+            raise TransientError("the connection was closed before the first byte")
+        if part.size_bytes == 0:
+            raise TaskError("the server sent an empty body", "check the task in Runway")
+        if part.id.resumable and part.size_bytes != part.id.total:
+            raise TransientError("the server sent fewer bytes than it announced")
+
+    def _read(self, response: requests.Response) -> bytes:
+        with network_errors(self.place.settings.timeout_s):
+            data: bytes = response.raw.read(READ_BYTES, decode_content=False)
+        return data
+
+    def _check_content(self, part: PartFile) -> None:
+        content = part.content()
+        if content is Content.ERROR_PAGE:
+            self._drop()
+            raise TaskError("the server sent an error page", "open the link to read it")
+        if content is Content.CUT_MP4:
+            self._note_progress()
+            self._drop()
+            raise TransientError("the video is an MP4 cut short")
+        if content is not Content.WHOLE_MP4:
+            self.warning = f"kept, but it is {content.value}: look at it"
+
+    def _refresh(self, error: LinkRefused) -> None:
+        """Take a fresh link from Runway, once; else fail and say what would help."""
+        expiry = link_expiry(self._link)
+        reason = refusal(self._link, error, expiry, time.time())
+        if self.refreshed:
+            raise TaskError(f"the fresh {reason.removeprefix('the ')}", "run again later") from None
+        secret = api_secret()
+        if not secret:
+            hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh one"
+            raise TaskError(reason, hint) from None
+        self.refreshed = True
+        while True:
+            try:
+                self._link = fetch_fresh_link(self.task.task_id, secret, self.place)
+                return
+            except TransientError as api_error:
+                self.retries.back_off(api_error)
+            except TaskError as api_error:
+                raise TaskError(f"{reason}; {api_error.reason}", api_error.hint) from None
+
+    def _drop(self) -> None:
+        if self._part:
+            self._part.discard()
+            self._part = None
+
+    def _close(self) -> None:
+        if self._part:
+            self._part.close()
+
+
+def refusal(link: str, error: LinkRefused, expiry: float | None, now: float) -> str:
+    """Why ``link`` did not give the video, with its expiry if that is known."""
+    if not link:
+        return 'the row has no usable "video_url"'
+    if expiry is None:
+        return error.reason
+    if expiry <= now:
+        return f"the link expired on {shown_time(expiry)}, {error.reason.split('link ')[1]}"
+    return f"{error.reason}, though it is valid until {shown_time(expiry)}"
+
+
+# --- The Runway API: a fresh link for a dead one ----------------------------------------------
+
+
+def api_secret() -> str:
+    return os.environ.get("RUNWAYML_API_SECRET", "").strip()
+
+
+def fetch_fresh_link(task_id: str, secret: str, place: Workplace) -> str:
+    """A new link to the video of ``task_id`` (https://docs.dev.runwayml.com/api/).
+
+    Raises `TransientError` where another try may help, else `TaskError`. Redirects are not
+    followed: the key is for this host alone.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", task_id):
+        raise TaskError("Runway cannot be asked without a task_id", "check the results file")
+    if not re.fullmatch(r"[\x21-\x7e]+", secret):
+        raise TaskError("RUNWAYML_API_SECRET is not a key", "set it to the key alone")
+
+    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {secret}"
+        return request
+
+    base_url = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
+    timeout_s = place.settings.timeout_s
+    try:
+        with network_errors(timeout_s):
+            response = place.session.get(
+                f"{base_url}/v1/tasks/{task_id}",
+                headers={"X-Runway-Version": RUNWAY_VERSION, "Accept": "application/json"},
+                auth=sign,  # as auth, so that no .netrc can take its place
+                timeout=(timeout_s, timeout_s),
+                allow_redirects=False,
+            )
+            body = response.content
+    except TransientError as error:
+        raise TransientError(f"Runway API: {error.reason}", error.retry_after_s) from None
+    except TaskError as error:
+        raise TaskError(f"Runway API: {error.reason}", "check RUNWAYML_BASE_URL") from None
+    check_api_status(read_head(response.status_code, response.headers, time.time()))
+    return read_api_answer(body)
+
+
+def check_api_status(answer: Answer) -> None:
+    status = answer.status
+    if status == 200:
+        return
+    if status in _TRANSIENT_STATUSES or status >= 500:
+        raise TransientError(f"Runway API: answered HTTP {status}", answer.retry_after_s)
+    if status in (401, 403):
+        raise TaskError(f"Runway API: refused the key (HTTP {status})", "check RUNWAYML_API_SECRET")
+    if status == 404:
+        raise TaskError("Runway API: knows no such task (HTTP 404)", "make the video again")
+    raise TaskError(f"Runway API: answered HTTP {status}", "check RUNWAYML_BASE_URL")
+
+
+def read_api_answer(body: bytes) -> str:
+    """The first usable link in ``output`` of a task as the API describes it."""
+    try:
+        task = json.loads(body)
+    except (ValueError, RecursionError):
+        task = None
+    if not isinstance(task, dict):
+        raise TaskError("Runway API: the answer is not a task", "check RUNWAYML_BASE_URL")
+    status = task.get("status", "SUCCEEDED")
+    if status != "SUCCEEDED":
+        reason = f"Runway API: the task is no longer SUCCEEDED but {printable(str(status)[:20])}"
+        raise TaskError(reason, "make the video again")
+    output = task.get("output")
+    link = usable_link(output[0]) if isinstance(output, list) and output else ""
+    if not link:
+        raise TaskError("Runway API: the task has no output", "make the video again")
+    return link
+
+
+# --- Metadata: <stub>.json --------------------------------------------------------------------
+
+METADATA_MAX_BYTES = 16 * BYTES_PER_MB
+
+
+def build_metadata(
+    task: Task, video_name: str, size_bytes: int, sha256: str, now: datetime
+) -> dict[str, Any]:
+    """What ``<stub>.json`` holds; ``now`` in naive local time, as the poller writes it."""
+    row = task.row
+    runway_task = {
+        "task_id": task.task_id,
+        "final_status": row.get("final_status", ""),
+        "completion_time": row.get("completion_time", ""),
+        "video_url": row.get("video_url", ""),
+        "original_status": row.get("status", ""),
+        "timestamp": row.get("timestamp", ""),
+    }
+    return {
+        "video_file": video_name,
+        "download_timestamp": now.isoformat(timespec="microseconds"),
+        "input_path": row.get("image_path", ""),
+        "prompt": row.get("prompt", ""),
+        "seed": row.get("seed"),
+        "runway_task_json": runway_task | {key: row[key] for key in EXTRA_FIELDS if key in row},
+        "target_filename_stub": row.get("target_filename_stub", ""),
+        "file_info": {
+            "size_bytes": size_bytes,
+            "size_mb": round(size_bytes / BYTES_PER_MB, 2),
+            "sha256": sha256,
+        },
+    }
+
+
+def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
+    """``metadata`` as JSON in UTF-8, readable as it is; only lone surrogates are escaped."""
+    text = json.dumps(metadata, indent=2, ensure_ascii=False)
+    text = re.sub(r"[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    return text.encode()
+
+
+def metadata_path(video: Path) -> Path:
+    return video.with_name(video.name.removesuffix(".mp4") + ".json")
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """The object in ``path``; ``None`` for what is not ours to understand."""
+    try:
+        # Not blocking, so that a named pipe called x.json does not hang the run.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            document = json.loads(os.read(descriptor, METADATA_MAX_BYTES))
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def metadata_owner(metadata: Mapping[str, Any] | None) -> str | None:
+    """The key of the task that ``metadata`` names, ``None`` if it names none."""
+    runway_task = metadata.get("runway_task_json") if metadata else None
+    if not isinstance(runway_task, dict):
+        return None
+    task_id, link = runway_task.get("task_id"), runway_task.get("video_url")
+    key = task_key(task_id if isinstance(task_id, str) else "", usable_link(link))
+    return key or None
+
+
+def write_atomically(path: Path, data: bytes, temporary: Path) -> None:
+    """Whole or not at all: written and synced under a hidden name first, then renamed."""
+    try:
+        with disk_errors("write the metadata"):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+# --- Outcomes, and how they look --------------------------------------------------------------
+
+
+class Status(str, Enum):
+    DOWNLOADED = "downloaded"
+    EXISTS = "exists"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one task: ``path`` and ``size_bytes`` of its video, or why it failed."""
+
+    task: Task
+    status: Status
+    path: Path | None = None
+    size_bytes: int | None = None
+    reason: str = ""
+    hint: str = ""
+    notes: tuple[str, ...] = ()
+    command_failed: bool = False
+
+    @property
+    def task_id(self) -> str:
+        return self.task.task_id
+
+    @property
+    def error(self) -> str:
+        """One line: why it failed, and what the user can do."""
+        return " — ".join(filter(None, (self.reason, self.hint)))
+
+
+def outcome_lines(outcome: Outcome, number: str) -> list[str]:
+    """The block of lines about one task; ``number`` is ``"k/N "`` or empty."""
+    task = outcome.task
+    name = printable(outcome.path.name if outcome.path else f"{task.stub}.mp4")
+    lines = ["", f"  {number}Task {task.shown_id}"]
+    if outcome.status is Status.EXISTS:
+        return [*lines, f"  ⚠️ Already exists: {name}", *outcome.notes]
+    lines.append(f"  🎬 Downloading: {name}")
+    if task.link:
+        lines.append(f"  📥 Streaming download from: {shown_link(task.link)}")
+    if outcome.status is Status.FAILED:
+        return [*lines, *outcome.notes, f"  ❌ Failed: {outcome.error}"]
+    size = megabytes(outcome.size_bytes or 0)
+    lines += [f"  📊 File size: {size}", f"  ✅ Downloaded: {size}"]
+    metadata = printable(metadata_path(outcome.path).name if outcome.path else "")
+    return [*lines, f"  📄 Metadata saved: {metadata}", *outcome.notes]
+
+
+def failure_line(outcome: Outcome) -> str:
+    task = outcome.task
+    return f"  • {task.shown_id} {printable(task.stub)}.mp4: {outcome.error}"
+
+
+def statistics_lines(stats: Mapping[str, int], outcomes: Iterable[Outcome]) -> list[str]:
+    """The summary, then each failed task with its reason and what to do."""
+    total = stats["total_succeeded"]
+    on_disk = stats["downloaded"] + stats["already_exists"]
+    lines = [
+        "",
+        "=" * 60,
+        "📊 DOWNLOAD STATISTICS",
+        "=" * 60,
+        f"✅ Total SUCCEEDED tasks found: {total}",
+        f"📥 Videos downloaded: {stats['downloaded']}",
+        f"⚠️ Already existed: {stats['already_exists']}",
+        f"❌ Failed downloads: {stats['failed_downloads']}",
+    ]
+    if total:
+        lines.append(f"📈 Success rate: {100 * on_disk / total:.1f}%")
+    failures = [failure_line(each) for each in outcomes if each.status is Status.FAILED]
+    commands = [
+        f"  • {printable(each.path.name)}: the --exec command failed"
+        for each in outcomes
+        if each.command_failed and each.path
+    ]
+    for title, listed in (("Failed:", failures), ("Saved, but not handed on:", commands)):
+        if listed:
+            lines += ["", f"❌ {title}", *shortened(listed, FAILURES_SHOWN, "  … and {} more")]
+    return lines
+
+
+def storage_lines(directory: Path, videos: Mapping[str, int]) -> list[str]:
+    """The videos in ``directory``, by name and bytes, and what they take together."""
+    if not videos:
+        return []
+    listed = [
+        f"  • {printable(name)} ({megabytes(videos[name])})"
+        for name in sorted(videos)[:VIDEOS_SHOWN]
+    ]
+    if len(videos) > VIDEOS_SHOWN:
+        listed.append(f"  … and {len(videos) - VIDEOS_SHOWN:,} more")
+    return [
+        "",
+        f"📁 Videos in {printable(str(directory))}:",
+        *listed,
+        "",
+        f"💾 Total storage used: {megabytes(sum(videos.values()))}",
+    ]
+
+
+def list_videos(directory: Path) -> dict[str, int]:
+    """Name and bytes of each video in ``directory``."""
+    videos = {}
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.endswith(".mp4") and not entry.name.startswith("."):
+                with contextlib.suppress(OSError):
+                    if entry.is_file():
+                        videos[entry.name] = entry.stat().st_size
+    return videos
+
+
+def others_line(others: Mapping[str, int]) -> list[str]:
+    """The one line about the tasks that did not succeed, if there are any."""
+    counts = ", ".join(f"{count:,} {status}" for status, count in others.items())
+    return [f"  ℹ️ Not downloaded: {counts}"] if counts else []
+
+
+def transfer_notes(transfer: Transfer) -> list[str]:
+    """What a person should know of how ``transfer`` went, beside its outcome."""
+    notes = []
+    if transfer.refreshed:
+        notes.append("  🔑 Asked the Runway API for a fresh link")
+    if transfer.retries.reasons:
+        reasons = "; ".join(dict.fromkeys(transfer.retries.reasons))
+        notes.append(f"  🔁 Retried {len(transfer.retries.reasons)} times: {reasons}")
+    if transfer.warning:
+        notes.append(f"  ⚠️ {transfer.warning}")
+    return notes
+
+
+# --- The console: the one place that prints ---------------------------------------------------
+
+
+class Console:
+    """Prints blocks of lines to ``out``, and a live line to a terminal on stderr.
+
+    A reader that goes away or an encoding without emoji never breaks the run.
+    """
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out
+        self._lock = threading.Lock()
+        self._live = ""
+        self._mute = False
+
+    def print(self, *lines: str) -> None:
+        with self._lock:
+            self._clear()
+            out = self._out or sys.stdout
+            if out is None or self._mute or not lines:
+                return
+            text = "\n".join(lines) + "\n"
+            try:
+                encoding = getattr(out, "encoding", None) or "utf-8"
+                out.write(text.encode(encoding, "replace").decode(encoding))
+                out.flush()
+            except (OSError, ValueError):
+                self._mute = True
+
+    @property
+    def has_live_line(self) -> bool:
+        try:
+            return sys.stderr is not None and sys.stderr.isatty()
+        except ValueError:
+            return False
+
+    def draw(self, live: str) -> None:
+        """Show ``live`` as the live line; ``""`` clears it. Nothing of it off a terminal."""
+        with self._lock:
+            if live != self._live:
+                self._clear()
+                self._write_live(live)
+                self._live = live
+
+    def _clear(self) -> None:
+        if self._live:
+            self._write_live("\r\x1b[K")
+            self._live = ""
+
+    def _write_live(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            encoding = sys.stderr.encoding or "utf-8"
+            sys.stderr.write(text.encode(encoding, "replace").decode(encoding))
+            sys.stderr.flush()
+
+
+def terminal_columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """One moment of a run, as the live line shows it. Bytes; seconds."""
+
+    done: int
+    videos: int
+    received: int
+    expected: int | None
+    bytes_per_second: float
+
+    def text(self, columns: int) -> str:
+        """The live line in less than ``columns``: what does not fit is left out, least first."""
+        wanted = [f"⏬ {self.done}/{self.videos}", self._amount()]
+        if self.expected:
+            wanted.append(f"{min(100, 100 * self.received // self.expected)}%")
+        wanted.append(f"{self.bytes_per_second / BYTES_PER_MB:.1f} MB/s")
+        if self.expected and self.bytes_per_second > 0:
+            left_s = max(0, self.expected - self.received) / self.bytes_per_second
+            wanted.append(f"{shown_duration(left_s)} left")
+        line = ""
+        for part in wanted:
+            longer = f"{line}  {part}" if line else part
+            if len(longer) + 1 >= columns:  # the arrow takes two columns
+                break
+            line = longer
+        return line
+
+    def _amount(self) -> str:
+        received = f"{self.received / BYTES_PER_MB:.1f}"
+        if not self.expected:
+            return f"{received} MB"
+        return f"{received}/{self.expected / BYTES_PER_MB:.1f} MB"
+
+
+def shown_duration(seconds: float) -> str:
+    minutes, rest = divmod(round(min(seconds, 359999)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Meter:
+    """Makes `Live` moments from `Progress`; the rate is that of the last few seconds."""
+
+    def __init__(self, progress: Progress, videos: int, clock: Callable[[], float]) -> None:
+        self._progress = progress
+        self._videos = videos
+        self._clock = clock
+        self._samples: deque[tuple[float, int]] = deque([(clock(), 0)])
+
+    def moment(self, done: int) -> Live:
+        now, received = self._clock(), self._progress.received
+        self._samples.append((now, received))
+        while len(self._samples) > 2 and self._samples[1][0] < now - RATE_WINDOW_S:
+            self._samples.popleft()
+        since, before = self._samples[0]
+        rate = (received - before) / (now - since) if now > since else 0.0
+        sizes = self._progress.sizes()
+        on_disk = sum(size for size, _ in sizes)
+        return Live(done, self._videos, on_disk, self._expected(sizes), rate)
+
+    def _expected(self, sizes: Sequence[tuple[int, int | None]]) -> int | None:
+        """All bytes of the run: what is not known yet is taken to be as the average."""
+        known = [total for _, total in sizes if total]
+        return sum(known) * self._videos // len(known) if known else None
+
+
+# --- From results files to tasks, said aloud --------------------------------------------------
+
+
+def read_tasks(
+    paths: Sequence[Path], shard: Shard, console: Console, stop: Stop
+) -> tuple[list[Task], int]:
+    """The tasks of results files, latest first, each once; and how many files failed."""
+    failed: list[Path] = []
+    tasks = merge_tasks(_read_batches(paths, failed, console, stop))
+    if len(paths) > 1:
+        left_out = len(paths) - FILES_SHOWN
+        more = [f"  … and {left_out:,} more files"] if left_out > 0 else []
+        console.print("", *more, f"  ✅ Found {len(tasks):,} different SUCCEEDED tasks in all")
+    if shard.count == 1:
+        return tasks, len(failed)
+    part = [task for task in tasks if shard.holds(task)]
+    count = f"{len(part):,} of {len(tasks):,} tasks"
+    console.print(f"  🧩 Shard {shard.number}/{shard.count}: {count}")
+    return part, len(failed)
+
+
+def _read_batches(
+    paths: Sequence[Path], failed: list[Path], console: Console, stop: Stop
+) -> Iterator[list[Task]]:
+    """The tasks of one file after the other; what is heard of a long list is the faults."""
+    for number, path in enumerate(paths):
+        stop.check()
+        heading = ("", f"📋 Processing: {printable(path.name)}")
+        try:
+            batch = read_rows(read_results(path))
+        except ResultsFileError as error:
+            console.print(*heading, f"  ❌ {error}")
+            failed.append(path)
+            continue
+        if number < FILES_SHOWN or batch.problems:
+            problems = [f"  ⚠️ {problem}" for problem in batch.problems]
+            console.print(
+                *heading,
+                f"  ✅ Found {len(batch.tasks)} SUCCEEDED tasks",
+                *others_line(batch.others),
+                *shortened(problems, PROBLEMS_SHOWN, "  … and {} more such rows"),
+            )
+        yield batch.tasks
+
+
+# --- The command that takes each new video over -----------------------------------------------
+
+
+def run_command(template: Sequence[str], video: Path, stop: Stop) -> tuple[list[str], bool]:
+    """Run ``template`` for ``video``, without a shell; the lines to show, and if it failed."""
+    paths = {"{video}": str(video.absolute()), "{metadata}": str(metadata_path(video).absolute())}
+    words = [
+        re.sub(r"\{video\}|\{metadata\}", lambda match: paths[match[0]], word) for word in template
+    ]
+    name = printable(words[0])
+    with tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not a usable command"
+            return [f"  ❌ Command failed: {name}: {reason}"], True
+        code = wait_for(process, stop)
+        lines = read_tail(output)
+    if code:
+        return [*lines, f"  ❌ Command failed: {name}: exit code {code}"], True
+    return [*lines, f"  🔧 Command done: {name}"], False
+
+
+def wait_for(process: subprocess.Popen[bytes], stop: Stop) -> int:
+    """The exit code of ``process``, which is ended when the run is."""
+    while True:
+        try:
+            return process.wait(LOCK_POLL_S)
+        except subprocess.TimeoutExpired:
+            if stop.event.is_set():
+                process.terminate()
+
+
+def read_tail(output: BinaryIO) -> list[str]:
+    """The last lines in ``output``, fit for the console."""
+    size = output.seek(0, os.SEEK_END)
+    output.seek(max(0, size - READ_BYTES))
+    lines = output.read().decode(errors="replace").splitlines()
+    return [f"     {printable(line)}" for line in lines[-COMMAND_LINES_SHOWN:]]
+
+
+# --- The lock: held by the kernel, so a killed run leaves none --------------------------------
+
+
+class DirectoryLock:
+    """An exclusive lock on ``positions`` of one output directory.
+
+    Byte ranges of one hidden file stand for the positions, so parts of a shard set do not
+    meet, and everything else does. Where the system has no such locks, there is none.
+    """
+
+    def __init__(self, directory: Path, positions: range) -> None:
+        self._path = directory / LOCK_NAME
+        self._positions = positions
+        self._descriptor = -1
+
+    def acquire(self, on_wait: Callable[[], None], wait: Callable[[float], None]) -> None:
+        """Take the lock; calls ``on_wait`` once if it is another run's, then polls for it."""
+        told = False
+        while not self._try():
+            if not told:
+                on_wait()
+                told = True
+            wait(LOCK_POLL_S)
+
+    def _try(self) -> bool:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        if lock_range(self._descriptor, self._positions):
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+                    return True
+        self._close()  # another run has it, or its last holder has just removed the file
+        return False
+
+    def release(self) -> None:
+        """Let go; the last run to do so removes the file."""
+        if lock_range(self._descriptor, range(POSITION_SPACE)):
+            remove(self._path)
+        self._close()
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+
+_BUSY_ERRNOS = {errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.EINTR}
+
+
+def lock_range(descriptor: int, positions: range) -> bool:
+    """Lock these bytes of the file without waiting; whether they are ours now.
+
+    Open-file-description locks where there are any: unlike the older ones they also hold
+    between threads, and last until this descriptor is closed.
+    """
+    start, length = positions.start, len(positions)
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, start, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, length)
+            return True
+        import fcntl
+
+        if hasattr(fcntl, "F_OFD_SETLK") and sys.platform == "linux":
+            request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)
+        else:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except OSError as error:
+        return error.errno not in _BUSY_ERRNOS
+    return True
+
+
+def empty_stats() -> dict[str, int]:
+    names = ("total_succeeded", "downloaded", "failed_downloads", "already_exists")
+    return dict.fromkeys(names, 0)
+
+
+_COUNTED_AS = {
+    Status.DOWNLOADED: "downloaded",
+    Status.EXISTS: "already_exists",
+    Status.FAILED: "failed_downloads",
+}
+
+
+class Reporter:
+    """Prints each task's lines as one block when the task is finished, counting up to N."""
+
+    def __init__(
+        self,
+        console: Console,
+        record: Callable[[Outcome], None],
+        total: int,
+        numbered: bool,
+    ) -> None:
+        self.on_disk = 0
+        self.failed_keys: set[str] = set()
+        self._console = console
+        self._record = record
+        self._total = total
+        self._numbered = numbered
+        self._done = 0
+        self._next_draw = 0.0
+
+    def existing(self, plans: Sequence[Plan], directory: Path) -> None:
+        """Report the videos that are there already, the first few of them in full."""
+        for plan in plans:
+            path = directory / f"{plan.stub}.mp4"
+            outcome = Outcome(plan.task, Status.EXISTS, path, plan.size_bytes)
+            self._report(outcome, shown=self._done < EXISTING_SHOWN)
+        if len(plans) > EXISTING_SHOWN:
+            more = len(plans) - EXISTING_SHOWN
+            self._console.print("", f"  ⚠️ … and {more:,} more that already exist")
+
+    def finished(self, plan: Plan, future: Future[Outcome]) -> None:
+        """Report what a worker made of ``plan``; a worker that was stopped says nothing."""
+        error = future.exception()
+        if isinstance(error, Stopped):
+            return
+        if error:
+            reason = f"unexpected {type(error).__name__}"
+            outcome = Outcome(plan.task, Status.FAILED, reason=reason, hint="please report it")
+        else:
+            outcome = future.result()
+        self._report(outcome)
+
+    def _report(self, outcome: Outcome, *, shown: bool = True) -> None:
+        self._done += 1
+        if outcome.status is Status.FAILED:
+            self.failed_keys.add(outcome.task.key)
+        else:
+            self.on_disk += 1
+        if shown:
+            number = f"{self._done}/{self._total} " if self._numbered else ""
+            self._console.print(*outcome_lines(outcome, number))
+        self._record(outcome)
+
+    def draw(self, meter: Meter) -> None:
+        """Redraw the live line, a few times a second."""
+        now = time.monotonic()
+        if now >= self._next_draw and self._console.has_live_line:
+            self._next_draw = now + REDRAW_S
+            self._console.draw(meter.moment(self._done).text(terminal_columns()))
+
+
+# --- The engine: plan all, download in parallel, report one by one ----------------------------
+
+
+class VideoDownloader:
+    """Downloads the SUCCEEDED videos of polling results into one directory.
+
+    A caller may rely on this:
+
+    - No method raises for bad input, a bad task or a full disk: the fault is printed and
+      counted. Only the constructor raises, `JobError`, for a directory that cannot be made.
+    - A video is under its final name only when it is whole, synced and has its metadata. No
+      finished video is overwritten or moved. Another process on the same directory is waited
+      for.
+    - ``on_outcome`` is called once per finished task, in the thread that called the method,
+      with an `Outcome` (``task_id``, ``status``, ``path``, ``size_bytes``, ``error``).
+    - Methods may be called from several threads. Ctrl-C leaves resumable part files.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path = DEFAULT_OUTPUT_DIR,
+        *,
+        workers: int = DEFAULT_WORKERS,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
+        on_outcome: Callable[[Outcome], None] | None = None,
+        shard: Shard = Shard(),
+        command: Sequence[str] = (),
+        console: Console | None = None,
+        stop: Stop | None = None,
+        wait: Callable[[float], None] | None = None,
+    ) -> None:
+        """Make ``output_dir`` and keep the settings; ``timeout`` is in seconds.
+
+        ``shard`` restricts which tasks are taken, ``command`` is run for each new video with
+        ``{video}`` and ``{metadata}`` filled in; ``stop`` ends runs from outside, ``wait``
+        stands in for the sleep before a retry.
+        """
+        self.output_dir = Path(output_dir)
+        self.stats = empty_stats()
+        self.outcomes: list[Outcome] = []
+        self._settings = Settings(workers, timeout, retries, shard, tuple(command))
+        self._on_outcome = on_outcome or (lambda _outcome: None)
+        self._console = console or Console()
+        self._stop = stop
+        self._wait = wait
+        self._mutex = threading.Condition()
+        self._session: requests.Session | None = None
+        self._shelf: Shelf | None = None
+        self._claims: dict[str, str] = {}
+        self._busy: set[str] = set()
+        self._lock: DirectoryLock | None = None
+        self._lock_users = 0
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise self._directory_error(error) from None
+
+    # What the orchestrator calls
+
+    def find_all_polling_results(self, directory: str | Path = ".") -> list[Path]:
+        """The results files in ``directory``, its ``video_outputs`` and the output directory."""
+        places = (directory, Path(directory) / DEFAULT_OUTPUT_DIR, self.output_dir)
+        return find_results_files(places)
+
+    def load_polling_results(self, path: str | Path) -> dict[str, Any]:
+        """The object in results file ``path``; ``{}`` and a printed line when there is none."""
+        try:
+            return read_results(Path(path))
+        except ResultsFileError as error:
+            self._console.print(f"  ❌ {error}")
+            return {}
+
+    def get_succeeded_tasks(self, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The raw rows, in order, that SUCCEEDED and have a usable ``video_url``."""
+        rows = results.get("task_results") if isinstance(results, Mapping) else None
+        return [
+            row
+            for row in (rows if isinstance(rows, list) else ())
+            if isinstance(row, dict)
+            and row.get("final_status") == "SUCCEEDED"
+            and usable_link(row.get("video_url"))
+        ]
+
+    def generate_filename_stub(self, task: Mapping[str, Any]) -> str:
+        """The name that row ``task`` asks for, made safe, without suffix."""
+        return task_from_row(task, "", []).stub
+
+    def process_succeeded_task(self, task: Mapping[str, Any]) -> bool:
+        """Bring the video of row ``task`` to disk; whether it is there, new or before."""
+        problems: list[str] = []
+        if not isinstance(task, Mapping):
+            self._console.print("  ❌ The task is not an object")
+            self.stats["total_succeeded"] += 1
+            self.stats["failed_downloads"] += 1
+            return False
+        checked = task_from_row(task, "The task", problems)
+        self._console.print(*(f"  ⚠️ {problem}" for problem in problems))
+        return self._run_safely([checked], complete=False) == 1
+
+    def process_polling_results_file(self, path: str | Path) -> int:
+        """Bring all videos of results file ``path`` to disk; how many are there now."""
+        stop = self._stop or Stop()
+        tasks, _ = read_tasks([Path(path)], self._settings.shard, self._console, stop)
+        return self._run_safely(tasks)
+
+    def create_metadata_json(
+        self, task: Mapping[str, Any], video_path: str | Path, metadata_path: str | Path
+    ) -> bool:
+        """Write the metadata of row ``task`` and the video on disk; whether it worked."""
+        checked = task_from_row(task, "", [])
+        video = Path(video_path)
+        try:
+            self._write_metadata(checked, video, Path(metadata_path), *hash_file(video, Stop()))
+        except DownloaderError as error:
+            self._console.print(f"  ❌ {error}")
+            return False
+        return True
+
+    def print_final_stats(self) -> None:
+        """Print the summary of everything done so far, and the videos in the directory."""
+        self._console.print(*statistics_lines(self.stats, self.outcomes))
+        self._console.print(*storage_lines(self.output_dir, list_videos(self.output_dir)))
+
+    # The run
+
+    def _run_safely(self, tasks: Sequence[Task], *, complete: bool = True) -> int:
+        try:
+            return self.run(tasks, complete=complete)
+        except JobError as error:
+            self._console.print(f"❌ {error}")
+            return 0
+
+    def run(self, tasks: Sequence[Task], *, complete: bool = True) -> int:
+        """Bring ``tasks`` to disk; how many are there. Raises `JobError` and `Stopped`.
+
+        ``complete``: these are all the tasks there are, so other part files are of no use.
+        """
+        stop = self._stop or Stop()
+        report = Reporter(self._console, self._record, len(tasks), numbered=complete)
+        with self._mutex:
+            self.stats["total_succeeded"] += len(tasks)
+        try:
+            if not complete and self._are_there(tasks, report):
+                return report.on_disk
+            self._run_locked(tasks, report, stop, complete)
+        except Stopped:
+            raise stop.error or Stopped from None
+        return report.on_disk
+
+    def _run_locked(
+        self, tasks: Sequence[Task], report: Reporter, stop: Stop, complete: bool
+    ) -> None:
+        with self._locked(stop):
+            plans = self._claim(tasks, stop)
+            kept = [plan for plan in plans if plan.action is Action.KEEP]
+            report.existing(kept, self.output_dir)
+            jobs = [plan for plan in plans if plan.action is not Action.KEEP]
+            try:
+                self._work(sorted(jobs, key=urgency), report, stop)
+            finally:
+                self._unclaim(jobs)
+                self._clean_up(report, stop, complete)
+
+    def _are_there(self, tasks: Sequence[Task], report: Reporter) -> bool:
+        """Whether the last look at the directory is enough to find the videos of ``tasks``.
+
+        Spares a caller who goes task by task a scan of the whole directory for each.
+        """
+        with self._mutex:
+            self._shelf = self._shelf or Shelf(self.output_dir)
+            plans = [plan_task(task, self._shelf, self._claims) for task in tasks]
+        there = all(plan.action is Action.KEEP for plan in plans)
+        if there:
+            report.existing(plans, self.output_dir)
+        return there
+
+    def _record(self, outcome: Outcome) -> None:
+        """Count ``outcome`` and tell the caller."""
+        with self._mutex:
+            self.stats[_COUNTED_AS[outcome.status]] += 1
+            self.outcomes.append(outcome)
+        self._on_outcome(outcome)
+
+    def _claim(self, tasks: Sequence[Task], stop: Stop) -> list[Plan]:
+        """Plan ``tasks`` in order and hold their names against this process's other threads."""
+        keys = {task.key for task in tasks if task.key}
+        with self._mutex:
+            while self._busy & keys:
+                stop.check()
+                self._mutex.wait(LOCK_POLL_S)
+            self._shelf = Shelf(self.output_dir)
+            plans = plan_all(tasks, self._shelf, self._claims)
+            self._busy |= {plan.task.key for plan in plans if plan.action is not Action.KEEP}
+        return plans
+
+    def _unclaim(self, plans: Iterable[Plan]) -> None:
+        with self._mutex:
+            keys = {plan.task.key for plan in plans}
+            self._busy -= keys
+            self._claims = {stub: key for stub, key in self._claims.items() if key not in keys}
+            self._mutex.notify_all()
+
+    def _work(self, plans: Sequence[Plan], report: Reporter, stop: Stop) -> None:
+        """Carry ``plans`` out in worker threads; report each in this one."""
+        if not plans:
+            return
+        from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+        progress = Progress()
+        place = Workplace(
+            self.output_dir,
+            self._settings,
+            self._shared_session(),
+            stop,
+            progress,
+            self._wait or stop.wait,
+        )
+        meter = Meter(progress, len(plans), time.monotonic)
+        executor = ThreadPoolExecutor(min(self._settings.workers, len(plans)), "download")
+        waiting = iter(plans)
+        running: dict[Future[Outcome], Plan] = {}
+        try:
+            while True:
+                stop.check()
+                for plan in itertools.islice(waiting, 2 * self._settings.workers - len(running)):
+                    running[executor.submit(self._execute, plan, place)] = plan
+                if not running:
+                    break
+                for future in wait(running, REDRAW_S, FIRST_COMPLETED).done:
+                    report.finished(running.pop(future), future)
+                report.draw(meter)
+        finally:
+            if running:
+                stop.event.set()
+                for future in wait(running, STOP_GRACE_S).done:
+                    report.finished(running[future], future)
+            executor.shutdown(wait=False, cancel_futures=True)
+            self._console.draw("")
+        stop.check()
+
+    def _execute(self, plan: Plan, place: Workplace) -> Outcome:
+        """Do what ``plan`` says, in a worker thread; raises only `Stopped`."""
+        try:
+            place.stop.check()
+            if plan.action is Action.ADOPT:
+                return self._adopt(plan, place)
+            return self._download(plan, place)
+        except JobError as error:
+            place.stop.fail(error)
+            raise Stopped from None
+
+    def _adopt(self, plan: Plan, place: Workplace) -> Outcome:
+        video = self.output_dir / f"{plan.stub}.mp4"
+        metadata = metadata_path(video)
+        try:
+            self._write_metadata(plan.task, video, metadata, *hash_file(video, place.stop))
+        except TaskError as error:
+            return Outcome(plan.task, Status.FAILED, video, None, error.reason, error.hint)
+        notes = (f"  📄 Metadata created: {printable(metadata.name)}",)
+        return Outcome(plan.task, Status.EXISTS, video, plan.size_bytes, notes=notes)
+
+    def _download(self, plan: Plan, place: Workplace) -> Outcome:
+        transfer = Transfer(plan.task, place)
+        try:
+            part = transfer.run()
+            stub = self._commit(plan, part)
+        except TaskError as error:
+            notes = transfer_notes(transfer)
+            return Outcome(
+                plan.task, Status.FAILED, None, None, error.reason, error.hint, tuple(notes)
+            )
+        video = self.output_dir / f"{stub}.mp4"
+        notes = transfer_notes(transfer)
+        if stub != plan.task.stub:
+            wanted = printable(plan.task.stub)
+            notes.insert(0, f"  ℹ️ Saved under this name: {wanted}.mp4 is another task's")
+        command_failed = False
+        if place.settings.command:
+            lines, command_failed = run_command(place.settings.command, video, place.stop)
+            notes += lines
+        return Outcome(
+            plan.task,
+            Status.DOWNLOADED,
+            video,
+            part.size_bytes,
+            notes=tuple(notes),
+            command_failed=command_failed,
+        )
+
+    def _commit(self, plan: Plan, part: PartFile) -> str:
+        """Give ``part`` its final name, metadata first; the stub it got.
+
+        Whoever sees the video finds its metadata. A kill in between leaves metadata without
+        a video, which the next run fills.
+        """
+        try:
+            part.sync()
+            while not self._is_vacant(plan):
+                plan = self._move(plan)
+            video = self.output_dir / f"{plan.stub}.mp4"
+            size_bytes, sha256 = part.size_bytes, part.sha256
+            self._write_metadata(plan.task, video, metadata_path(video), size_bytes, sha256)
+            with disk_errors("put the video in place"):
+                os.replace(part.path, video)
+        except TaskError:
+            part.close()
+            raise
+        return plan.stub
+
+    def _is_vacant(self, plan: Plan) -> bool:
+        """Whether the place of ``plan`` is still as it was planned: users copy files in."""
+        video = self.output_dir / f"{plan.stub}.mp4"
+        try:
+            status = video.lstat()
+        except OSError:
+            vacant = True
+        else:
+            vacant = stat.S_ISREG(status.st_mode) and status.st_size in (0, plan.size_bytes)
+        return vacant and (plan.slot is Slot.OURS or not os.path.lexists(metadata_path(video)))
+
+    def _move(self, plan: Plan) -> Plan:
+        """Another place for ``plan``, whose own somebody has taken meanwhile."""
+        with self._mutex:
+            self._claims[fold(plan.stub)] = ""
+            moved = plan_task(plan.task, Shelf(self.output_dir), self._claims)
+            self._claims[fold(moved.stub)] = plan.task.key
+        return moved
+
+    def _write_metadata(
+        self, task: Task, video: Path, path: Path, size_bytes: int, sha256: str
+    ) -> None:
+        metadata = build_metadata(task, video.name, size_bytes, sha256, datetime.now())
+        bare_name = PartId.of(task).filename
+        temporary = path.with_name(bare_name.removesuffix("part") + "tmp")
+        write_atomically(path, encode_metadata(metadata), temporary)
+
+    # What runs need around them
+
+    def _shared_session(self) -> requests.Session:
+        with self._mutex:
+            if not self._session:
+                self._session = make_session(self._settings.workers)
+            return self._session
+
+    def _directory_error(self, error: OSError | ValueError) -> JobError:
+        name = printable(str(self.output_dir))
+        if getattr(error, "errno", None) in NO_SPACE_ERRNOS:
+            return JobError(f"no space left on the disk that holds {name}")
+        reason = getattr(error, "strerror", None) or "not a usable name"
+        return JobError(f"the output directory {name} cannot be used: {reason}")
+
+    @contextlib.contextmanager
+    def _locked(self, stop: Stop) -> Iterator[None]:
+        """Hold the lock of this directory; threads of one downloader share it."""
+        with self._mutex:
+            if not self._lock:
+                lock = DirectoryLock(self.output_dir, self._settings.shard.positions)
+                try:
+                    lock.acquire(self._say_waiting, stop.wait)
+                except OSError as error:
+                    raise self._directory_error(error) from None
+                self._lock = lock
+            self._lock_users += 1
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._lock_users -= 1
+                if not self._lock_users:
+                    self._lock.release()
+                    self._lock = None
+
+    def _say_waiting(self) -> None:
+        name = printable(str(self.output_dir))
+        self._console.print(f"⏳ Another run is working on {name}: waiting until it is done")
+
+    def _clean_up(self, report: Reporter, stop: Stop, complete: bool) -> None:
+        """Sync the directory; after a complete run remove the part files that no rerun needs."""
+        positions = self._settings.shard.positions
+        if stop.error:
+            sweep(self.output_dir, positions, set())
+        elif complete and not stop.event.is_set():
+            with self._mutex:
+                resumable = self._busy | report.failed_keys
+            sweep(self.output_dir, positions, {digest(key)[:16] for key in resumable})
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.output_dir, os.O_RDONLY)
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
+            os.close(descriptor)
+
+
+# --- Looking without downloading: --dry-run and --verify --------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one invocation found, for the console, ``--json`` and the exit code."""
+
+    stats: Mapping[str, int] = field(default_factory=empty_stats)
+    videos: Sequence[Mapping[str, Any]] = ()
+    exit_code: int = EXIT_OK
+    error: str | None = None
+
+
+def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> Report:
+    """List what a run would do, soonest to expire first; no request, nothing written."""
+    plans = plan_all(tasks, Shelf(directory), {})
+    todo = sorted((plan for plan in plans if plan.action is not Action.KEEP), key=urgency)
+    videos = [dry_run_entry(plan, directory) for plan in plans]
+    failed = sum(video["status"] == "failed" for video in videos)
+    kept = len(plans) - len(todo)
+    lines = [dry_run_line(plan, time.time()) for plan in todo]
+    console.print("", *lines, *([""] if lines else []))
+    console.print(f"🔎 Dry run: {len(todo):,} to do, {kept:,} already there; nothing was written")
+    stats = empty_stats() | {
+        "total_succeeded": len(tasks),
+        "failed_downloads": failed,
+        "already_exists": kept,
+    }
+    return Report(stats, videos, EXIT_INCOMPLETE if failed else EXIT_OK)
+
+
+def dry_run_line(plan: Plan, now: float) -> str:
+    name = f"{printable(plan.stub)}.mp4 (task {plan.task.shown_id})"
+    if plan.action is Action.ADOPT:
+        return f"  📄 {name}: is there, metadata would be created"
+    if not plan.task.link:
+        return f'  ⚠️ {name}: no usable "video_url"'
+    expiry = link_expiry(plan.task.link)
+    if expiry is None:
+        return f"  📥 {name}: the link does not say when it expires"
+    return f"  📥 {name}: link {'expired' if expiry <= now else 'expires'} {shown_time(expiry)}"
+
+
+def dry_run_entry(plan: Plan, directory: Path) -> dict[str, Any]:
+    expiry = link_expiry(plan.task.link)
+    kept = plan.action is Action.KEEP
+    fails = not plan.task.link and plan.action is Action.DOWNLOAD and not api_secret()
+    return {
+        "task_id": plan.task.task_id,
+        "status": "exists" if kept else "failed" if fails else "pending",
+        "path": str(directory / f"{plan.stub}.mp4"),
+        "size_bytes": plan.size_bytes if kept else None,
+        "error": 'the row has no usable "video_url"' if fails else None,
+        "expires": None if expiry is None else shown_time(expiry),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One video held against its metadata; ``problem`` is empty when all is well."""
+
+    task_id: str
+    key: str | None
+    path: Path
+    size_bytes: int | None
+    problem: str = ""
+
+
+def verify(
+    directory: Path, tasks: Sequence[Task], settings: Settings, console: Console, stop: Stop
+) -> Report:
+    """Check every video that has metadata, and that each of ``tasks`` has one; no request."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [name for name in sorted(list_names(directory)) if is_in_shard(name, settings.shard)]
+    executor = ThreadPoolExecutor(settings.workers, "verify")
+    try:
+        found = executor.map(lambda name: verify_video(directory / name, stop), names)
+        checks = [check for check in found if check]
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+    stop.check()
+    there = {check.key for check in checks}
+    for task in tasks:
+        if task.key not in there:
+            path = directory / f"{task.stub}.mp4"
+            checks.append(Check(task.task_id, task.key, path, None, "has not been downloaded"))
+    problems = [check for check in checks if check.problem]
+    for check in problems:
+        console.print(f"  ❌ {printable(check.path.name)}: {check.problem}")
+    whole = len(checks) - len(problems)
+    console.print("", f"🔎 Verified: {whole:,} whole, {len(problems):,} with a problem")
+    stats = empty_stats() | {
+        "total_succeeded": len(checks),
+        "failed_downloads": len(problems),
+        "already_exists": whole,
+    }
+    videos = [verify_entry(check) for check in checks]
+    return Report(stats, videos, EXIT_INCOMPLETE if problems else EXIT_OK)
+
+
+def list_names(directory: Path) -> list[str]:
+    """The names of what may be metadata in ``directory``."""
+    try:
+        return [name for name in os.listdir(directory) if name.endswith(".json")]
+    except OSError as error:
+        reason = error.strerror or "cannot be read"
+        raise JobError(f"the output directory {printable(str(directory))}: {reason}") from None
+
+
+def is_in_shard(metadata_name: str, shard: Shard) -> bool:
+    return stub_position(metadata_name.removesuffix(".json")) in shard.positions
+
+
+def verify_video(path: Path, stop: Stop) -> Check | None:
+    """Check the video beside metadata ``path``; ``None`` if that is no metadata of a video."""
+    metadata = read_metadata(path)
+    video = path.with_name(path.name.removesuffix(".json") + ".mp4")
+    if metadata is None and os.path.lexists(video):
+        return Check("", None, video, None, "its metadata cannot be read")
+    if metadata is None or not isinstance(metadata.get("runway_task_json"), dict):
+        return None
+    task_id = metadata["runway_task_json"].get("task_id")
+    check = Check(
+        task_id if isinstance(task_id, str) else "", metadata_owner(metadata), video, None
+    )
+    try:
+        with open(video, "rb") as file:
+            size_bytes = file.seek(0, os.SEEK_END)
+            content = inspect(file, size_bytes)
+        wanted = metadata.get("file_info")
+        problem = compare(wanted if isinstance(wanted, dict) else {}, size_bytes, content)
+        if not problem and isinstance(wanted, dict) and "sha256" in wanted:
+            _, sha256 = hash_file(video, stop)
+            problem = "" if sha256 == wanted["sha256"] else "has another SHA-256 than downloaded"
+    except FileNotFoundError:
+        return replace(check, problem="is missing")
+    except OSError as error:
+        return replace(check, problem=f"cannot be read: {error.strerror}")
+    except TaskError as error:
+        return replace(check, problem=error.reason)
+    return replace(check, size_bytes=size_bytes, problem=problem)
+
+
+def compare(wanted: Mapping[str, Any], size_bytes: int, content: Content) -> str:
+    """What is wrong with a video of ``size_bytes`` whose metadata has the ``file_info`` given."""
+    if size_bytes == 0:
+        return "is empty"
+    size_wanted = wanted.get("size_bytes")
+    if isinstance(size_wanted, int) and size_wanted != size_bytes:
+        return f"has {size_bytes:,} bytes instead of {size_wanted:,}"
+    return "" if content is Content.WHOLE_MP4 else f"is {content.value}"
+
+
+def verify_entry(check: Check) -> dict[str, Any]:
+    return {
+        "task_id": check.task_id,
+        "status": "failed" if check.problem else "exists",
+        "path": str(check.path),
+        "size_bytes": check.size_bytes,
+        "error": check.problem or None,
+    }
+
+
+# --- The command line -------------------------------------------------------------------------
+
+EPILOG = """\
+exit codes:
+  0         every SUCCEEDED task found is on disk (also when there was none)
+  1         could not do the job: no results file, unreadable input, output directory, disk full
+  2         bad command line
+  3         done, but at least one video (with --all: or results file) failed; a rerun tries
+            just those again. With --verify: a problem was found. With --exec: a command failed
+  130, 143  stopped by Ctrl-C, SIGTERM
+
+environment:
+  RUNWAYML_API_SECRET   fetches a fresh link from Runway when one is dead
+  RUNWAYML_BASE_URL     the Runway API to ask, default https://api.dev.runwayml.com
+  REQUESTS_CA_BUNDLE, HTTPS_PROXY, NO_PROXY   as requests knows them
+"""
+
+
+def bounded(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """An argparse type: a ``kind`` from ``low`` to ``high``."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    parse.__name__ = "number"  # argparse says "invalid number value"
+    return parse
+
+
+def parse_shard(text: str) -> Shard:
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    shard = Shard(int(match[1]), int(match[2])) if match else Shard(0, 0)
+    if not 1 <= shard.number <= shard.count:
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N")
+    return shard
+
+
+def parse_command(text: str) -> tuple[str, ...]:
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    if not words or not words[0]:
+        raise argparse.ArgumentTypeError("no command given")
+    return words
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Bring every SUCCEEDED Runway video to disk before its link dies.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--polling-results-file",
+        type=Path,
+        metavar="FILE",
+        help="read this results file (default: the latest runway_polling_results_*.json)",
+    )
+    which.add_argument("--all", action="store_true", help="read every results file, latest first")
+    add("--output-dir", type=Path, metavar="DIR", default=Path(DEFAULT_OUTPUT_DIR),
+        help="where the videos go (default: %(default)s; created)")  # fmt: skip
+    add("--workers", type=bounded(int, 1, MAX_WORKERS), metavar="N", default=DEFAULT_WORKERS,
+        help=f"videos at a time, 1 to {MAX_WORKERS} (default: %(default)s)")  # fmt: skip
+    add("--timeout", type=bounded(float, 0.001, 86400), metavar="SECONDS",
+        default=DEFAULT_TIMEOUT_S,
+        help="for connecting and for each wait for data (default: %(default)g)")  # fmt: skip
+    add("--retries", type=bounded(int, 0, 1000), metavar="N", default=DEFAULT_RETRIES,
+        help="more tries after one that brought nothing (default: %(default)s)")  # fmt: skip
+    add("--shard", type=parse_shard, metavar="K/N", default=Shard(),
+        help="only the K-th of N equal parts, for job arrays that share a directory")  # fmt: skip
+    add("--exec", type=parse_command, metavar="CMD", default=(), dest="command",
+        help='run "CMD {video} {metadata}" for each new video, without a shell')  # fmt: skip
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="only list what would be downloaded")
+    mode.add_argument("--verify", action="store_true",
+        help="only check the videos that are there against their metadata")  # fmt: skip
+    add("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def choose_results_files(options: argparse.Namespace, console: Console) -> list[Path]:
+    """The results files the command line asks for; raises `JobError` when there are none."""
+    if options.polling_results_file:
+        return [options.polling_results_file]
+    if options.verify and not options.all:
+        return []
+    places = (".", DEFAULT_OUTPUT_DIR, options.output_dir)
+    files = find_results_files(places)
+    if not files:
+        searched = ", ".join(dict.fromkeys(printable(str(place)) for place in places))
+        raise JobError(f"no {RESULTS_GLOB} in {searched}: run the polling step first")
+    if options.all:
+        console.print(f"🔍 Found {len(files):,} polling results files")
+        return files
+    console.print(f"📁 Using latest results file: {printable(files[0].name)}")
+    return files[:1]
+
+
+def download(
+    tasks: Sequence[Task], directory: Path, settings: Settings, console: Console, stop: Stop
+) -> Report:
+    """Bring ``tasks`` to ``directory`` and print the summary, however the run ends."""
+    downloader = VideoDownloader(
+        directory,
+        workers=settings.workers,
+        timeout=settings.timeout_s,
+        retries=settings.retries,
+        shard=settings.shard,
+        command=settings.command,
+        console=console,
+        stop=stop,
+    )
+    exit_code, error = EXIT_OK, ""
+    try:
+        downloader.run(tasks)
+    except JobError as job_error:
+        exit_code, error = EXIT_CANNOT, str(job_error)
+    except Stopped:
+        exit_code, error = stopped_exit_code(stop), "stopped"
+    outcomes = downloader.outcomes
+    if not error and any(each.status is Status.FAILED or each.command_failed for each in outcomes):
+        exit_code = EXIT_INCOMPLETE
+    downloader.print_final_stats()
+    unfinished = len(tasks) - len(outcomes)
+    if unfinished:
+        error += f": {unfinished:,} videos still to do, run again to go on"
+    return Report(downloader.stats, list(map(outcome_entry, outcomes)), exit_code, error or None)
+
+
+def stopped_exit_code(stop: Stop) -> int:
+    return 128 + (stop.signal_number or signal.SIGINT)
+
+
+def outcome_entry(outcome: Outcome) -> dict[str, Any]:
+    error = "the --exec command failed" if outcome.command_failed else outcome.error
+    return {
+        "task_id": outcome.task_id,
+        "status": outcome.status.value,
+        "path": str(outcome.path) if outcome.path else None,
+        "size_bytes": outcome.size_bytes,
+        "error": error or None,
+    }
+
+
+def do(options: argparse.Namespace, console: Console, stop: Stop) -> Report:
+    """Do what the command line says. Raises `JobError` and `Stopped`."""
+    settings = Settings(
+        options.workers, options.timeout, options.retries, options.shard, options.command
+    )
+    paths = choose_results_files(options, console)
+    tasks, failed_files = read_tasks(paths, settings.shard, console, stop)
+    if paths and failed_files == len(paths):
+        raise JobError("no results file could be read: nothing was done")
+    if options.verify:
+        report = verify(options.output_dir, tasks, settings, console, stop)
+    elif options.dry_run:
+        report = dry_run(tasks, options.output_dir, console)
+    else:
+        report = download(tasks, options.output_dir, settings, console, stop)
+    if failed_files and report.exit_code == EXIT_OK:
+        error = f"{failed_files:,} results files could not be read"
+        return replace(report, exit_code=EXIT_INCOMPLETE, error=error)
+    return report
+
+
+@contextlib.contextmanager
+def stopping_on_signals(stop: Stop) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the run gently; leave a signal alone that is ignored (nohup)."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, stop.on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv``; the exit code, as ``--help`` lists them."""
+    options = build_parser().parse_args(argv)
+    console = Console(sys.stderr if options.json else None)
+    stop = Stop()
+    with stopping_on_signals(stop):
+        try:
+            report = do(options, console, stop)
+        except JobError as error:
+            report = Report(exit_code=EXIT_CANNOT, error=str(error))
+        except Stopped:
+            report = Report(exit_code=stopped_exit_code(stop), error="stopped")
+    if report.error:
+        console.print("", f"❌ {report.error[:1].upper()}{report.error[1:]}")
+    if options.json:
+        Console().print(json.dumps(asdict(report), indent=2))
+    return report.exit_code
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Exit without waiting for threads that still wait for a server."""
+    if threading.active_count() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(exit_code)
+    raise SystemExit(exit_code)
+
+
+if __name__ == "__main__":
+    leave(main())
