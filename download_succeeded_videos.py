@@ -974,7 +974,7 @@ class GuardedResponse(HTTPResponse):
         if amt is None:
             return super().read()
         data = self.read1(amt)
-        if self.length == 0:
+        if self.length == 0 and not self.isclosed():
             self._close_conn()  # type: ignore[attr-defined]
         return data
 

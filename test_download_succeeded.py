@@ -148,8 +148,7 @@ class Cdn:
         self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
         handler = type("Handler", (_CdnHandler,), {"cdn": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _QuietServer(("127.0.0.1", 0), handler)
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -182,6 +181,14 @@ class Cdn:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is what many tests are about."""
 
 
 class _CdnHandler(BaseHTTPRequestHandler):
