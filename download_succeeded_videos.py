@@ -21,6 +21,7 @@ import argparse
 import base64
 import contextlib
 import errno
+import gc
 import hashlib
 import io
 import itertools
@@ -34,9 +35,7 @@ import shlex
 import signal
 import stat
 import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unicodedata
@@ -46,12 +45,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from enum import Enum
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO
 
 if TYPE_CHECKING:  # imported when the first request is made: it costs more than a whole rerun
     from concurrent.futures import Future
+    from subprocess import Popen
 
     import requests
 
@@ -69,6 +69,7 @@ RETRY_AFTER_CAP_S = 60.0
 STALL_BYTES_PER_SECOND = 1024
 READ_BYTES = 256 * 1024
 HASH_BYTES = 1024 * 1024
+METADATA_READ_BYTES = 16 * 1024
 SNIFF_BYTES = 512
 BYTES_PER_MB = 1024 * 1024
 
@@ -76,6 +77,7 @@ NAME_MAX_BYTES = 255
 POSITION_SPACE = 2**30
 LOCK_NAME = ".download_succeeded_videos.lock"
 LOCK_POLL_S = 0.2
+COMMAND_POLL_S = 0.02
 REDRAW_S = 0.25
 STOP_GRACE_S = 1.0
 RATE_WINDOW_S = 5.0
@@ -88,6 +90,8 @@ FAILURES_SHOWN = 200
 VIDEOS_SHOWN = 50
 COMMAND_LINES_SHOWN = 10
 
+GC_THRESHOLD = 100_000  # objects; a long results file makes no cycles worth an early look
+
 EXIT_OK = 0
 EXIT_CANNOT = 1
 EXIT_USAGE = 2
@@ -96,7 +100,7 @@ EXIT_INCOMPLETE = 3
 RUNWAY_BASE_URL = "https://api.dev.runwayml.com"
 RUNWAY_VERSION = "2024-11-06"
 
-RESULTS_GLOB = "runway_polling_results_*.json"
+RESULTS_PREFIX = "runway_polling_results_"
 
 
 # --- Errors: the class says whether a retry, or a fresh link, helps --------------------------
@@ -226,13 +230,14 @@ def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
     The time in the name counts, since a clone or copy makes all modification times equal;
     a name without one counts by its modification time. Unreadable directories hold none.
     """
-    pattern = re.compile(r"runway_polling_results_.*\.json", re.DOTALL)
     found: dict[str, Path] = {}
-    for directory in directories:
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            for entry in entries:
-                if pattern.fullmatch(entry.name) and entry.is_file():
-                    found.setdefault(os.path.realpath(entry.path), Path(entry.path))
+    for directory in dict.fromkeys(map(Path, directories)):
+        with contextlib.suppress(OSError):
+            for name in os.listdir(directory):
+                if name.startswith(RESULTS_PREFIX) and name.endswith(".json"):
+                    path = Path(directory, name)
+                    if path.is_file():
+                        found.setdefault(os.path.realpath(path), path)
     return sorted(found.values(), key=lambda path: (results_time(path), path.name), reverse=True)
 
 
@@ -292,22 +297,19 @@ TEXT_FIELDS = (
     "status",
 )
 EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")
-KEPT_FIELDS = (*TEXT_FIELDS, "final_status", "video_url", "seed", *EXTRA_FIELDS)
 
-_USABLE_LINK = re.compile(
-    r"https?://(?:[^/?#@]*@)?(?:\[[0-9a-f:.]+\]|[^/?#@:\[\]]+)(?::(?P<port>\d{1,5}))?(?:[/?#].*)?",
+_LINK_HEAD = re.compile(  # [user@]host[:port], then path, query, fragment or nothing
+    r"https?://(?:[^/?#@]*@)?(?:\[[0-9a-f:.]+\]|[^/?#@:\[\]]+)(?::([0-9]{1,5}))?(?=[/?#]|$)",
     re.IGNORECASE,
 )
-_NOT_IN_LINKS = re.compile(r"[\s\x00-\x20\x7f-\x9f\ud800-\udfff\\]")
 
 
 def usable_link(value: object) -> str:
     """``value`` as an http(s) link that can be asked for, or ``""``."""
     link = value.strip() if isinstance(value, str) else ""
-    match = _USABLE_LINK.fullmatch(link)
-    if not match or _NOT_IN_LINKS.search(link) or int(match["port"] or 0) > 65535:
-        return ""
-    return link
+    head = _LINK_HEAD.match(link)
+    clean = link.isprintable() and " " not in link and "\\" not in link
+    return link if head and clean and int(head[1] or 0) <= 65535 else ""
 
 
 def link_expiry(link: str) -> float | None:
@@ -334,17 +336,13 @@ def shown_time(unix_seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A SUCCEEDED row, checked. ``row`` keeps of it what the metadata needs."""
+    """A SUCCEEDED row, checked: ``stub`` is a safe name, ``link`` usable or empty."""
 
     task_id: str
     stub: str
     link: str
+    key: str
     row: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def key(self) -> str:
-        """Equal for two rows of the same task: its id; without one the link, query aside."""
-        return task_key(self.task_id, self.link)
 
     @property
     def shown_id(self) -> str:
@@ -352,6 +350,7 @@ class Task:
 
 
 def task_key(task_id: str, link: str) -> str:
+    """Equal for two rows of the same task: its id; without one the link, query aside."""
     if task_id:
         return f"id {task_id}"
     return f"link {link_without_query(link)}" if link else ""
@@ -388,17 +387,19 @@ def read_rows(results: Mapping[str, Any]) -> Batch:
 
 def task_from_row(row: Mapping[str, Any], name: str, problems: list[str]) -> Task:
     """The task of SUCCEEDED ``row``; a text field of another type counts as missing."""
-    kept = {key: row[key] for key in KEPT_FIELDS if row.get(key) is not None}
-    for key in TEXT_FIELDS:
-        if not isinstance(kept.get(key, ""), str):
-            problems.append(f'{name}: "{key}" is not text: left out')
-            del kept[key]
-    task_id = kept.get("task_id", "")
-    stub = safe_stub(kept.get("target_filename_stub", "")) or default_stub(task_id)
-    link = usable_link(kept.get("video_url"))
+    wrong = [key for key in TEXT_FIELDS if not isinstance(row.get(key), (str, NoneType))]
+    problems.extend(f'{name}: "{key}" is not text: left out' for key in wrong)
+    task_id = text_of(row, "task_id")
+    stub = safe_stub(text_of(row, "target_filename_stub")) or default_stub(task_id)
+    link = usable_link(row.get("video_url"))
     if not link:
         problems.append(f'{name} (task {printable(task_id[:36])}): no usable "video_url"')
-    return Task(task_id, stub, link, kept)
+    return Task(task_id, stub, link, task_key(task_id, link), row)
+
+
+def text_of(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    return value if isinstance(value, str) else ""
 
 
 def merge_tasks(batches: Iterable[Iterable[Task]]) -> list[Task]:
@@ -451,8 +452,8 @@ def fit(stub: str, suffix: str = "") -> str:
 
 def candidate_stubs(task: Task) -> Iterator[str]:
     """The names ``task`` may get, best first: its stub, with its id, with a number."""
-    short_id = safe_stub(task.task_id[:8]) or digest(task.key)[:8]
     yield task.stub
+    short_id = safe_stub(task.task_id[:8]) or digest(task.key)[:8]
     yield fit(task.stub, f"_{short_id}")
     for number in itertools.count(2):
         yield fit(task.stub, f"_{short_id}_{number}")
@@ -604,7 +605,7 @@ class Shelf:
     """The output directory as one scan saw it; reads each metadata file at most once."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self._prefix = os.path.join(directory, "")
         self._names: dict[str, list[str]] = {}
         self._owners: dict[str, str | None] = {}
         try:
@@ -622,14 +623,13 @@ class Shelf:
     def owner(self, metadata_name: str) -> str | None:
         """The key of the task that ``metadata_name`` belongs to, or ``None``."""
         if metadata_name not in self._owners:
-            metadata = read_metadata(self.directory / metadata_name)
-            self._owners[metadata_name] = metadata_owner(metadata)
+            self._owners[metadata_name] = read_owner(self._prefix + metadata_name)
         return self._owners[metadata_name]
 
     def video_bytes(self, name: str) -> int | None:
         """The size of video ``name``; ``None`` when it is not there or no regular file."""
         try:
-            status = os.stat(os.path.join(self.directory, name))
+            status = os.stat(self._prefix + name)
         except (OSError, ValueError):
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
@@ -656,7 +656,7 @@ class Shelf:
         if size == 0:
             return Slot.BROKEN, stub, 0
         try:
-            with open(self.directory / f"{stub}.mp4", "rb") as file:
+            with open(f"{self._prefix}{stub}.mp4", "rb") as file:
                 content = inspect(file, size)
         except OSError:
             return Slot.TAKEN, stub, 0
@@ -675,13 +675,12 @@ def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str]) -> Plan:
     best: Plan | None = None
     for number, stub in enumerate(candidate_stubs(task)):
         slot, actual, size = shelf.look(stub, task.key)
+        if slot is Slot.DONE:
+            return Plan(task, actual, slot, size)
         if claimed.get(fold(stub), task.key) != task.key:
             slot = Slot.TAKEN
-        plan = Plan(task, actual, slot, size)
-        if slot is Slot.DONE:
-            return plan
         if slot is not Slot.TAKEN and (best is None or (slot, best.slot) == (Slot.OURS, Slot.FREE)):
-            best = plan
+            best = Plan(task, actual, slot, size)
         if best and number > 0 and slot in (Slot.FREE, Slot.TAKEN):
             break
     assert best is not None  # the numbers never run out
@@ -962,31 +961,32 @@ def has_data(sock: Any) -> bool:
         return False
 
 
-class GuardedResponse(HTTPResponse):
-    """http.client's response over a `StallGuard`, whose reads do not wait to be full."""
-
-    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        guard = StallGuard(self.fp.detach(), sock, time.monotonic)
-        self.fp = io.BufferedReader(guard, READ_BYTES)
-
-    def read(self, amt: int | None = None) -> bytes:
-        if amt is None:
-            return super().read()
-        data = self.read1(amt)
-        if self.length == 0 and not self.isclosed():
-            self._close_conn()  # type: ignore[attr-defined]
-        return data
-
-
 def make_session(workers: int) -> requests.Session:
     """A session for ``workers`` threads: kept-alive connections and one TLS context.
 
     Left alone, requests loads the CA bundle anew for each connection: 20 ms of CPU each.
     """
+    from http.client import HTTPResponse
+
     import requests
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    class GuardedResponse(HTTPResponse):
+        """Reads through a `StallGuard`, and does not wait until a read is full."""
+
+        def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(sock, *args, **kwargs)
+            guard = StallGuard(self.fp.detach(), sock, time.monotonic)
+            self.fp = io.BufferedReader(guard, READ_BYTES)
+
+        def read(self, amt: int | None = None) -> bytes:
+            if amt is None:
+                return super().read()
+            data = self.read1(amt)
+            if self.length == 0 and not self.isclosed():
+                self._close_conn()  # type: ignore[attr-defined]
+            return data
 
     class PlainConnection(HTTPConnection):
         response_class = GuardedResponse
@@ -1088,6 +1088,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 @contextlib.contextmanager
 def network_errors(timeout_s: float) -> Iterator[None]:
     """Let only `TaskError` out of code that talks to a server."""
+    from http.client import HTTPException
+
     from requests.exceptions import RequestException
     from urllib3.exceptions import HTTPError
 
@@ -1535,7 +1537,9 @@ def read_api_answer(body: bytes) -> str:
 
 # --- Metadata: <stub>.json --------------------------------------------------------------------
 
-METADATA_MAX_BYTES = 16 * BYTES_PER_MB
+
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_OWNER_LINE = re.compile(rb'\n  "runway_task_json": \{\n    "task_id": "([ !#-\[\]-~]+)",\n')
 
 
 def build_metadata(
@@ -1545,20 +1549,21 @@ def build_metadata(
     row = task.row
     runway_task = {
         "task_id": task.task_id,
-        "final_status": row.get("final_status", ""),
-        "completion_time": row.get("completion_time", ""),
-        "video_url": row.get("video_url", ""),
-        "original_status": row.get("status", ""),
-        "timestamp": row.get("timestamp", ""),
+        "final_status": text_of(row, "final_status"),
+        "completion_time": text_of(row, "completion_time"),
+        "video_url": text_of(row, "video_url"),
+        "original_status": text_of(row, "status"),
+        "timestamp": text_of(row, "timestamp"),
     }
+    extras = {key: row[key] for key in EXTRA_FIELDS if row.get(key) is not None}
     return {
         "video_file": video_name,
         "download_timestamp": now.isoformat(timespec="microseconds"),
-        "input_path": row.get("image_path", ""),
-        "prompt": row.get("prompt", ""),
+        "input_path": text_of(row, "image_path"),
+        "prompt": text_of(row, "prompt"),
         "seed": row.get("seed"),
-        "runway_task_json": runway_task | {key: row[key] for key in EXTRA_FIELDS if key in row},
-        "target_filename_stub": row.get("target_filename_stub", ""),
+        "runway_task_json": runway_task | extras,
+        "target_filename_stub": text_of(row, "target_filename_stub"),
         "file_info": {
             "size_bytes": size_bytes,
             "size_mb": round(size_bytes / BYTES_PER_MB, 2),
@@ -1578,18 +1583,32 @@ def metadata_path(video: Path) -> Path:
     return video.with_name(video.name.removesuffix(".mp4") + ".json")
 
 
-def read_metadata(path: Path) -> dict[str, Any] | None:
-    """The object in ``path``; ``None`` for what is not ours to understand."""
+def read_bytes(path: str | Path) -> bytes:
+    """All of a small file; not blocking, so that a pipe called x.json does not hang the run."""
+    descriptor = os.open(path, _READ_FLAGS)
     try:
-        # Not blocking, so that a named pipe called x.json does not hang the run.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        try:
-            document = json.loads(os.read(descriptor, METADATA_MAX_BYTES))
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError, RecursionError):
+        data = os.read(descriptor, METADATA_READ_BYTES)
+        while len(data) % METADATA_READ_BYTES == 0 and (more := os.read(descriptor, len(data))):
+            data += more
+    finally:
+        os.close(descriptor)
+    return data
+
+
+def parse_metadata(data: bytes) -> dict[str, Any] | None:
+    """The object in ``data``; ``None`` for what is not ours to understand."""
+    try:
+        document = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    try:
+        return parse_metadata(read_bytes(path))
+    except OSError:
+        return None
 
 
 def metadata_owner(metadata: Mapping[str, Any] | None) -> str | None:
@@ -1597,9 +1616,24 @@ def metadata_owner(metadata: Mapping[str, Any] | None) -> str | None:
     runway_task = metadata.get("runway_task_json") if metadata else None
     if not isinstance(runway_task, dict):
         return None
-    task_id, link = runway_task.get("task_id"), runway_task.get("video_url")
-    key = task_key(task_id if isinstance(task_id, str) else "", usable_link(link))
-    return key or None
+    task_id = text_of(runway_task, "task_id")
+    return task_key(task_id, "" if task_id else usable_link(runway_task.get("video_url"))) or None
+
+
+def read_owner(path: str) -> str | None:
+    """The key of the task that metadata file ``path`` names.
+
+    A rerun over 10,000 videos spends a tenth of its time parsing their metadata, so the id is
+    taken from where `encode_metadata` puts it; no JSON text can hold the line breaks around it.
+    """
+    try:
+        data = read_bytes(path)
+    except OSError:
+        return None
+    line = _OWNER_LINE.search(data)
+    if line and data.startswith(b"{\n") and data.endswith(b"\n}"):
+        return task_key(line[1].decode(), "")
+    return metadata_owner(parse_metadata(data))
 
 
 def write_atomically(path: Path, data: bytes, temporary: Path) -> None:
@@ -1630,7 +1664,8 @@ class Outcome:
 
     task: Task
     status: Status
-    path: Path | None = None
+    directory: Path
+    stub: str
     size_bytes: int | None = None
     reason: str = ""
     hint: str = ""
@@ -1642,15 +1677,33 @@ class Outcome:
         return self.task.task_id
 
     @property
+    def path(self) -> Path | None:
+        """The video; ``None`` if there is none."""
+        return None if self.status is Status.FAILED else self.directory / f"{self.stub}.mp4"
+
+    @property
     def error(self) -> str:
         """One line: why it failed, and what the user can do."""
         return " — ".join(filter(None, (self.reason, self.hint)))
 
 
+def failed(plan: Plan, directory: Path, error: TaskError, notes: Sequence[str] = ()) -> Outcome:
+    return Outcome(
+        plan.task,
+        Status.FAILED,
+        directory,
+        plan.stub,
+        reason=error.reason,
+        hint=error.hint,
+        notes=tuple(notes),
+    )
+
+
 def outcome_lines(outcome: Outcome, number: str) -> list[str]:
     """The block of lines about one task; ``number`` is ``"k/N "`` or empty."""
     task = outcome.task
-    name = printable(outcome.path.name if outcome.path else f"{task.stub}.mp4")
+    stub = printable(outcome.stub)
+    name = f"{stub}.mp4"
     lines = ["", f"  {number}Task {task.shown_id}"]
     if outcome.status is Status.EXISTS:
         return [*lines, f"  ⚠️ Already exists: {name}", *outcome.notes]
@@ -1661,13 +1714,11 @@ def outcome_lines(outcome: Outcome, number: str) -> list[str]:
         return [*lines, *outcome.notes, f"  ❌ Failed: {outcome.error}"]
     size = megabytes(outcome.size_bytes or 0)
     lines += [f"  📊 File size: {size}", f"  ✅ Downloaded: {size}"]
-    metadata = printable(metadata_path(outcome.path).name if outcome.path else "")
-    return [*lines, f"  📄 Metadata saved: {metadata}", *outcome.notes]
+    return [*lines, f"  📄 Metadata saved: {stub}.json", *outcome.notes]
 
 
 def failure_line(outcome: Outcome) -> str:
-    task = outcome.task
-    return f"  • {task.shown_id} {printable(task.stub)}.mp4: {outcome.error}"
+    return f"  • {outcome.task.shown_id} {printable(outcome.stub)}.mp4: {outcome.error}"
 
 
 def statistics_lines(stats: Mapping[str, int], outcomes: Iterable[Outcome]) -> list[str]:
@@ -1688,9 +1739,9 @@ def statistics_lines(stats: Mapping[str, int], outcomes: Iterable[Outcome]) -> l
         lines.append(f"📈 Success rate: {100 * on_disk / total:.1f}%")
     failures = [failure_line(each) for each in outcomes if each.status is Status.FAILED]
     commands = [
-        f"  • {printable(each.path.name)}: the --exec command failed"
+        f"  • {printable(each.stub)}.mp4: the --exec command failed"
         for each in outcomes
-        if each.command_failed and each.path
+        if each.command_failed
     ]
     for title, listed in (("Failed:", failures), ("Saved, but not handed on:", commands)):
         if listed:
@@ -1717,15 +1768,14 @@ def storage_lines(directory: Path, videos: Mapping[str, int]) -> list[str]:
     ]
 
 
-def list_videos(directory: Path) -> dict[str, int]:
-    """Name and bytes of each video in ``directory``."""
+def list_videos(directory: Path, known: Mapping[str, int]) -> dict[str, int]:
+    """Name and bytes of each video in ``directory``; looks only at those not ``known``."""
     videos = {}
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.endswith(".mp4") and not entry.name.startswith("."):
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            if name.endswith(".mp4") and not name.startswith("."):
                 with contextlib.suppress(OSError):
-                    if entry.is_file():
-                        videos[entry.name] = entry.stat().st_size
+                    videos[name] = known.get(name) or os.stat(directory / name).st_size
     return videos
 
 
@@ -1927,6 +1977,9 @@ def _read_batches(
 
 def run_command(template: Sequence[str], video: Path, stop: Stop) -> tuple[list[str], bool]:
     """Run ``template`` for ``video``, without a shell; the lines to show, and if it failed."""
+    import tempfile
+    from subprocess import DEVNULL, STDOUT, Popen
+
     paths = {"{video}": str(video.absolute()), "{metadata}": str(metadata_path(video).absolute())}
     words = [
         re.sub(r"\{video\}|\{metadata\}", lambda match: paths[match[0]], word) for word in template
@@ -1934,9 +1987,7 @@ def run_command(template: Sequence[str], video: Path, stop: Stop) -> tuple[list[
     name = printable(words[0])
     with tempfile.TemporaryFile() as output:
         try:
-            process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
+            process = Popen(words, stdin=DEVNULL, stdout=output, stderr=STDOUT)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not a usable command"
             return [f"  ❌ Command failed: {name}: {reason}"], True
@@ -1947,14 +1998,13 @@ def run_command(template: Sequence[str], video: Path, stop: Stop) -> tuple[list[
     return [*lines, f"  🔧 Command done: {name}"], False
 
 
-def wait_for(process: subprocess.Popen[bytes], stop: Stop) -> int:
+def wait_for(process: Popen[bytes], stop: Stop) -> int:
     """The exit code of ``process``, which is ended when the run is."""
-    while True:
-        try:
-            return process.wait(LOCK_POLL_S)
-        except subprocess.TimeoutExpired:
-            if stop.event.is_set():
-                process.terminate()
+    while (code := process.poll()) is None:
+        if stop.event.wait(COMMAND_POLL_S):
+            process.terminate()
+            return process.wait()
+    return code
 
 
 def read_tail(output: BinaryIO) -> list[str]:
@@ -2057,6 +2107,7 @@ class Reporter:
         self,
         console: Console,
         record: Callable[[Outcome], None],
+        directory: Path,
         total: int,
         numbered: bool,
     ) -> None:
@@ -2064,16 +2115,16 @@ class Reporter:
         self.failed_keys: set[str] = set()
         self._console = console
         self._record = record
+        self._directory = directory
         self._total = total
         self._numbered = numbered
         self._done = 0
         self._next_draw = 0.0
 
-    def existing(self, plans: Sequence[Plan], directory: Path) -> None:
+    def existing(self, plans: Sequence[Plan]) -> None:
         """Report the videos that are there already, the first few of them in full."""
         for plan in plans:
-            path = directory / f"{plan.stub}.mp4"
-            outcome = Outcome(plan.task, Status.EXISTS, path, plan.size_bytes)
+            outcome = Outcome(plan.task, Status.EXISTS, self._directory, plan.stub, plan.size_bytes)
             self._report(outcome, shown=self._done < EXISTING_SHOWN)
         if len(plans) > EXISTING_SHOWN:
             more = len(plans) - EXISTING_SHOWN
@@ -2085,11 +2136,10 @@ class Reporter:
         if isinstance(error, Stopped):
             return
         if error:
-            reason = f"unexpected {type(error).__name__}"
-            outcome = Outcome(plan.task, Status.FAILED, reason=reason, hint="please report it")
+            reason, hint = f"unexpected {type(error).__name__}", "please report it"
+            self._report(failed(plan, self._directory, TaskError(reason, hint)))
         else:
-            outcome = future.result()
-        self._report(outcome)
+            self._report(future.result())
 
     def _report(self, outcome: Outcome, *, shown: bool = True) -> None:
         self._done += 1
@@ -2231,8 +2281,10 @@ class VideoDownloader:
 
     def print_final_stats(self) -> None:
         """Print the summary of everything done so far, and the videos in the directory."""
+        known = {f"{each.stub}.mp4": each.size_bytes or 0 for each in self.outcomes}
+        videos = list_videos(self.output_dir, known)
         self._console.print(*statistics_lines(self.stats, self.outcomes))
-        self._console.print(*storage_lines(self.output_dir, list_videos(self.output_dir)))
+        self._console.print(*storage_lines(self.output_dir, videos))
 
     # The run
 
@@ -2249,7 +2301,9 @@ class VideoDownloader:
         ``complete``: these are all the tasks there are, so other part files are of no use.
         """
         stop = self._stop or Stop()
-        report = Reporter(self._console, self._record, len(tasks), numbered=complete)
+        report = Reporter(
+            self._console, self._record, self.output_dir, len(tasks), numbered=complete
+        )
         with self._mutex:
             self.stats["total_succeeded"] += len(tasks)
         try:
@@ -2266,7 +2320,7 @@ class VideoDownloader:
         with self._locked(stop):
             plans = self._claim(tasks, stop)
             kept = [plan for plan in plans if plan.action is Action.KEEP]
-            report.existing(kept, self.output_dir)
+            report.existing(kept)
             jobs = [plan for plan in plans if plan.action is not Action.KEEP]
             try:
                 self._work(sorted(jobs, key=urgency), report, stop)
@@ -2284,7 +2338,7 @@ class VideoDownloader:
             plans = [plan_task(task, self._shelf, self._claims) for task in tasks]
         there = all(plan.action is Action.KEEP for plan in plans)
         if there:
-            report.existing(plans, self.output_dir)
+            report.existing(plans)
         return there
 
     def _record(self, outcome: Outcome) -> None:
@@ -2368,9 +2422,11 @@ class VideoDownloader:
         try:
             self._write_metadata(plan.task, video, metadata, *hash_file(video, place.stop))
         except TaskError as error:
-            return Outcome(plan.task, Status.FAILED, video, None, error.reason, error.hint)
+            return failed(plan, self.output_dir, error)
         notes = (f"  📄 Metadata created: {printable(metadata.name)}",)
-        return Outcome(plan.task, Status.EXISTS, video, plan.size_bytes, notes=notes)
+        return Outcome(
+            plan.task, Status.EXISTS, self.output_dir, plan.stub, plan.size_bytes, notes=notes
+        )
 
     def _download(self, plan: Plan, place: Workplace) -> Outcome:
         transfer = Transfer(plan.task, place)
@@ -2378,10 +2434,7 @@ class VideoDownloader:
             part = transfer.run()
             stub = self._commit(plan, part)
         except TaskError as error:
-            notes = transfer_notes(transfer)
-            return Outcome(
-                plan.task, Status.FAILED, None, None, error.reason, error.hint, tuple(notes)
-            )
+            return failed(plan, self.output_dir, error, transfer_notes(transfer))
         video = self.output_dir / f"{stub}.mp4"
         notes = transfer_notes(transfer)
         if stub != plan.task.stub:
@@ -2394,7 +2447,8 @@ class VideoDownloader:
         return Outcome(
             plan.task,
             Status.DOWNLOADED,
-            video,
+            self.output_dir,
+            stub,
             part.size_bytes,
             notes=tuple(notes),
             command_failed=command_failed,
@@ -2764,7 +2818,7 @@ def choose_results_files(options: argparse.Namespace, console: Console) -> list[
     files = find_results_files(places)
     if not files:
         searched = ", ".join(dict.fromkeys(printable(str(place)) for place in places))
-        raise JobError(f"no {RESULTS_GLOB} in {searched}: run the polling step first")
+        raise JobError(f"no {RESULTS_PREFIX}*.json in {searched}: run the polling step first")
     if options.all:
         console.print(f"🔍 Found {len(files):,} polling results files")
         return files
@@ -2773,7 +2827,12 @@ def choose_results_files(options: argparse.Namespace, console: Console) -> list[
 
 
 def download(
-    tasks: Sequence[Task], directory: Path, settings: Settings, console: Console, stop: Stop
+    tasks: Sequence[Task],
+    directory: Path,
+    settings: Settings,
+    console: Console,
+    stop: Stop,
+    listed: bool,
 ) -> Report:
     """Bring ``tasks`` to ``directory`` and print the summary, however the run ends."""
     downloader = VideoDownloader(
@@ -2800,7 +2859,8 @@ def download(
     unfinished = len(tasks) - len(outcomes)
     if unfinished:
         error += f": {unfinished:,} videos still to do, run again to go on"
-    return Report(downloader.stats, list(map(outcome_entry, outcomes)), exit_code, error or None)
+    videos = [outcome_entry(outcome) for outcome in outcomes] if listed else []
+    return Report(downloader.stats, videos, exit_code, error or None)
 
 
 def stopped_exit_code(stop: Stop) -> int:
@@ -2832,7 +2892,7 @@ def do(options: argparse.Namespace, console: Console, stop: Stop) -> Report:
     elif options.dry_run:
         report = dry_run(tasks, options.output_dir, console)
     else:
-        report = download(tasks, options.output_dir, settings, console, stop)
+        report = download(tasks, options.output_dir, settings, console, stop, options.json)
     if failed_files and report.exit_code == EXIT_OK:
         error = f"{failed_files:,} results files could not be read"
         return replace(report, exit_code=EXIT_INCOMPLETE, error=error)
@@ -2857,6 +2917,7 @@ def stopping_on_signals(stop: Stop) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; the exit code, as ``--help`` lists them."""
     options = build_parser().parse_args(argv)
+    gc.set_threshold(GC_THRESHOLD)
     console = Console(sys.stderr if options.json else None)
     stop = Stop()
     with stopping_on_signals(stop):

@@ -36,19 +36,14 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "download_succeeded_videos.py"
-ECHO_MODULE = Path("/usr/lib/nginx/modules/ngx_http_echo_module.so")
-PACKAGE_OF_COMMAND = {
-    "nginx": "nginx-light",
-    "curl": "curl",
-    "aria2c": "aria2",
-    "wget2": "wget2",
-    "ffmpeg": "ffmpeg",
-    "openssl": "openssl",
-}
+PACKAGES = (
+    *("nginx-light", "libnginx-mod-http-echo", "ffmpeg", "openssl"),
+    *("curl", "aria2", "wget2"),
+)
 
 PARALLEL = 16
 FIRST_BYTE_S = 0.150
@@ -101,8 +96,8 @@ for row in rows:
 """
 
 NGINX_CONF = """
-load_module {echo_module};
-user root;
+load_module /usr/lib/nginx/modules/ngx_http_echo_module.so;
+user root;  # the served directory is root's alone
 worker_processes auto;
 pid {work}/nginx.pid;
 error_log {work}/nginx.log;
@@ -151,21 +146,13 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Source:
-    """The one served file that all videos of a job are copies of."""
-
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Job:
     """Work to be done: bring ``<stub>.mp4`` home for every stub, from its link."""
 
     bench: Bench
     title: str
-    source: Source
     links: dict[str, str]
+    fingerprint: tuple[int, str]  # of the one file behind all links
     directory: Path
     results_file: Path
     output_dir: Path
@@ -189,7 +176,7 @@ class Row:
     rivals: tuple[Contender, ...]
     wall_goal: tuple[str, float, float] | None = None  # name, seconds, limit of the ratio
     peak_limit_mib: float | None = None
-    starts_empty: bool = True  # else the script's warm-up fills the output directory
+    starts_empty: bool = True  # False: each run finds what the script's warm-up brought home
 
 
 @dataclass(frozen=True)
@@ -221,36 +208,29 @@ def run_tool(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def ensure_packages(install: bool) -> None:
-    """Install the Debian packages that are missing, or say which they are."""
-    missing = [pkg for command, pkg in PACKAGE_OF_COMMAND.items() if not shutil.which(command)]
-    if not ECHO_MODULE.exists():
-        missing.append("libnginx-mod-http-echo")
-    if missing and not install:
-        raise BenchmarkError(f"missing Debian packages: {' '.join(missing)}")
-    if missing:
+def install_packages() -> None:
+    """Install the Debian packages, unless all of them are there."""
+    asked = subprocess.run(("dpkg", "--status", *PACKAGES), capture_output=True, check=False)
+    if asked.returncode != 0:
         run_tool("apt-get", "update")
-        run_tool("apt-get", "install", "-y", "--no-install-recommends", *missing)
+        run_tool("apt-get", "install", "-y", "--no-install-recommends", *PACKAGES)
 
 
-def make_interpreter(work: Path, install: bool) -> str:
-    """Return a Python that has requests: that of a fresh venv, or without installing this one."""
-    if not install:
-        run_tool(sys.executable, "-c", "import requests")
-        return sys.executable
+def make_interpreter(work: Path) -> str:
+    """Return the Python of a fresh virtual environment that has requests."""
     run_tool(sys.executable, "-m", "venv", str(work / "venv"))
     python = str(work / "venv/bin/python")
     run_tool(python, "-m", "pip", "install", "--quiet", "requests>=2.25.0")
     return python
 
 
-def describe(path: Path) -> Source:
-    """Return a file's size and SHA-256."""
+def fingerprint(path: Path) -> tuple[int, str]:
+    """Return a file's size in bytes and its SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-    return Source(path.stat().st_size, digest.hexdigest())
+    return path.stat().st_size, digest.hexdigest()
 
 
 def make_clip(path: Path) -> None:
@@ -300,7 +280,6 @@ def nginx(work: Path) -> Iterator[tuple[str, str]]:
     """Serve while the block runs; yield the TLS and the plain base URL."""
     tls_port, plain_port = free_port(), free_port()
     conf = NGINX_CONF.format(
-        echo_module=ECHO_MODULE,
         work=work,
         tls_port=tls_port,
         plain_port=plain_port,
@@ -313,6 +292,8 @@ def nginx(work: Path) -> Iterator[tuple[str, str]]:
         yield f"https://localhost:{tls_port}", f"http://localhost:{plain_port}"
     finally:
         run_tool(*command, "-s", "stop")
+        while (work / "nginx.pid").exists():  # the last thing that it removes
+            time.sleep(0.01)
 
 
 def check_first_byte(bench: Bench) -> None:
@@ -366,8 +347,8 @@ def make_job(bench: Bench, title: str, served: str, base_url: str, count: int) -
     results_file.write_text(json.dumps({"task_results": rows}, indent=2))
     output_dir = directory / "videos"
     output_dir.mkdir()
-    source = describe(bench.served / served)
-    return Job(bench, title, source, links, directory, results_file, output_dir)
+    served_as = fingerprint(bench.served / served)
+    return Job(bench, title, links, served_as, directory, results_file, output_dir)
 
 
 def the_script(job: Job) -> Contender:
@@ -376,12 +357,14 @@ def the_script(job: Job) -> Contender:
     return Contender("the script", (job.bench.python, str(job.bench.script), *files))
 
 
-def python_loop(job: Job, program: str, name: str, limit: float) -> Contender:
+def python_loop(
+    job: Job, program: str, name: str, limit: float, max_runs: int | None = None
+) -> Contender:
     """Return a rival given as source text, run by the script's interpreter."""
     path = job.directory / "rival.py"
     path.write_text(program)
     command = (job.bench.python, str(path), str(job.results_file), str(job.output_dir))
-    return Contender(name, command, limit)
+    return Contender(name, command, limit, max_runs)
 
 
 def curl(job: Job, options: str, limit: float | None) -> Contender:
@@ -407,26 +390,23 @@ def aria2c(job: Job, limit: float) -> Contender:
 
 
 def wget2(job: Job) -> Contender:
-    """Return wget2, which names the videos by their links' paths."""
+    """Return wget2, which makes the folders of the links' paths."""
     links = job.directory / "wget2.list"
     links.write_text("\n".join(job.links.values()))
     name = f"wget2 --max-threads={PARALLEL}"
-    naming = ("--quiet", "--no-directories", "--cut-file-get-vars")
-    trust = f"--ca-certificate={job.bench.ca_bundle}"
-    return Contender(
-        name, (*name.split(), *naming, trust, "-P", str(job.output_dir), "-i", str(links))
-    )
+    options = ("--quiet", "--cut-file-get-vars", f"--ca-certificate={job.bench.ca_bundle}")
+    files = ("-P", str(job.output_dir), "-i", str(links))
+    return Contender(name, (*name.split(), *options, *files))
 
 
 def videos_row(bench: Bench) -> Row:
     """Set up the usual work: small videos from far away."""
     url = f"{bench.tls_url}/slow"
     job = make_job(bench, "200 videos, 150 ms to the first byte", "clip.mp4", url, 200)
-    sequential = python_loop(job, SEQUENTIAL_LOOP, "sequential requests.get", 0.075)
     rivals = (
         curl(job, f"-Z --parallel-max {PARALLEL}", 0.95),
         aria2c(job, 0.75),
-        replace(sequential, max_runs=2),
+        python_loop(job, SEQUENTIAL_LOOP, "sequential requests.get", 0.075, max_runs=2),
         wget2(job),
     )
     return Row(job, rivals, wall_goal=("200 / 16 x 150 ms", 200 / PARALLEL * FIRST_BYTE_S, 1.4))
@@ -451,9 +431,8 @@ def rerun_row(bench: Bench) -> Row:
     (bench.served / "tiny.mp4").write_bytes(TINY_MP4)
     url = f"{bench.tls_url}/tiny"
     job = make_job(bench, "rerun, 10,000 videos there already", "tiny.mp4", url, 10_000)
-    return Row(
-        job, (python_loop(job, EXISTS_LOOP, "bare exists-loop", 2.5),), starts_empty=False
-    )
+    loop = python_loop(job, EXISTS_LOOP, "bare loop of exists-checks", 2.5)
+    return Row(job, (loop,), starts_empty=False)
 
 
 ROWS = {"videos": videos_row, "bare": bare_row, "large": large_row, "rerun": rerun_row}
@@ -494,16 +473,16 @@ def memory_floor_mib(bench: Bench) -> float:
 
 def check_brought_home(job: Job, who: str, with_metadata: bool) -> None:
     """Refuse a run whose videos (and their metadata) are not just those asked for."""
-    found = {path.stem for path in job.output_dir.glob("*.mp4")}
-    if found != job.links.keys():
+    found = {path.stem: path for path in job.output_dir.rglob("*.mp4")}
+    if found.keys() != job.links.keys():
         raise BenchmarkError(f"{who}: {len(found)} videos, not the {len(job.links)} asked for")
-    for stub in found:
-        if describe(job.output_dir / f"{stub}.mp4") != job.source:
-            raise BenchmarkError(f"{who}: {stub}.mp4 differs from what was served")
+    for path in found.values():
+        if fingerprint(path) != job.fingerprint:
+            raise BenchmarkError(f"{who}: {path.name} differs from what was served")
         if with_metadata:
-            metadata = json.loads((job.output_dir / f"{stub}.json").read_text("utf-8"))
-            if metadata["file_info"]["sha256"] != job.source.sha256:
-                raise BenchmarkError(f"{who}: {stub}.json has another SHA-256")
+            file_info = json.loads(path.with_suffix(".json").read_text("utf-8"))["file_info"]
+            if (file_info["size_bytes"], file_info["sha256"]) != job.fingerprint:
+                raise BenchmarkError(f"{who}: the metadata of {path.name} is wrong")
 
 
 def measure_row(row: Row, runs: int) -> list[Verdict]:
@@ -520,7 +499,8 @@ def measure_row(row: Row, runs: int) -> list[Verdict]:
             os.sync()
             run = launch(contender.command, job.directory, job.bench.ca_bundle)
             check_brought_home(job, contender.name, with_metadata=contender is script)
-            print(f"{job.title}: {turn}/{runs} {contender.name} {run}", file=sys.stderr)
+            progress = f"{job.title}, run {turn} of {runs}: {contender.name} {run.wall_s:.3f} s"
+            print(progress, file=sys.stderr)
             if turn:
                 measured.setdefault(contender, []).append(run)
     ours = measured[script]
@@ -593,8 +573,9 @@ def machine_line(bench: Bench) -> str:
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
-    """Return the table; CPU is the median, peak memory (MiB) the worst, script / rival."""
-    columns = ("work", "rival", "script s", "rival s", "ratio", "limit", "met", "CPU s", "peak MB")
+    """Return the table: medians, but of peak memory (in MiB) the worst."""
+    judged = ("work", "rival", "script, s", "rival, s", "ratio", "limit", "met")
+    columns = (*judged, "CPU s, script / rival", "peak MB, script / rival")
     lines = [columns, ("---",) * len(columns), *(verdict.cells for verdict in verdicts)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -613,12 +594,15 @@ def row_names(text: str) -> list[str]:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Measure the script against its rivals.")
-    parser.add_argument("--runs", type=int, choices=range(1, 101), default=5, metavar="N")
+    parser.add_argument("--runs", type=int, default=5, help="counted runs of each (5)")
     parser.add_argument("--rows", type=row_names, default=list(ROWS), help=",".join(ROWS))
     parser.add_argument("--script", type=Path, default=SCRIPT, help="what to measure")
-    parser.add_argument("--work", default="/var/tmp", help="a directory on a real disk")
+    parser.add_argument("--work", default="/var/tmp", help="where on a real disk (/var/tmp)")
     parser.add_argument("--no-install", action="store_true", help="use this Python as it is")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.runs < 1:
+        parser.error("--runs must be at least 1")
+    return options
 
 
 def benchmark(options: argparse.Namespace, work: Path) -> list[Verdict]:
@@ -626,8 +610,9 @@ def benchmark(options: argparse.Namespace, work: Path) -> list[Verdict]:
     script = Path(options.script).resolve()
     if not script.is_file():
         raise BenchmarkError(f"there is no {script}")
-    ensure_packages(install=not options.no_install)
-    python = make_interpreter(work, install=not options.no_install)
+    if not options.no_install:
+        install_packages()
+    python = sys.executable if options.no_install else make_interpreter(work)
     served = work / "served"
     served.mkdir()
     make_clip(served / "clip.mp4")
