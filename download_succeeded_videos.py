@@ -393,7 +393,8 @@ def task_from_row(row: Mapping[str, Any], name: str, problems: list[str]) -> Tas
     stub = safe_stub(text_of(row, "target_filename_stub")) or default_stub(task_id)
     link = usable_link(row.get("video_url"))
     if not link:
-        problems.append(f'{name} (task {printable(task_id[:36])}): no usable "video_url"')
+        whose = f"task {printable(task_id[:36])}" if task_id else "no task_id"
+        problems.append(f'{name} ({whose}): no usable "video_url"')
     return Task(task_id, stub, link, task_key(task_id, link), row)
 
 
@@ -608,9 +609,12 @@ class Shelf:
         self._prefix = os.path.join(directory, "")
         self._names: dict[str, list[str]] = {}
         self._owners: dict[str, str | None] = {}
+        self._parts: dict[str, list[PartId]] = {}
         try:
             for name in os.listdir(directory):
                 self._names.setdefault(fold(name), []).append(name)
+                if name.startswith(".") and (part_id := PartId.parse(name)):
+                    self._parts.setdefault(part_id.task_digest, []).append(part_id)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -619,6 +623,10 @@ class Shelf:
     def names(self, name: str) -> list[str]:
         """The names on disk that are ``name``, but for case and Unicode form."""
         return self._names.get(fold(name), [])
+
+    def parts(self, task: Task) -> list[PartId]:
+        """The part files that earlier runs left of ``task``."""
+        return self._parts.get(PartId.of(task).task_digest, [])
 
     def owner(self, metadata_name: str) -> str | None:
         """The key of the task that ``metadata_name`` belongs to, or ``None``."""
@@ -1007,7 +1015,8 @@ def make_session(workers: int) -> requests.Session:
 
         def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
             manager = super().proxy_manager_for(proxy, ssl_context=context, **kwargs)
-            manager.pool_classes_by_scheme = pools
+            if not proxy.lower().startswith("socks"):  # which has pools of its own
+                manager.pool_classes_by_scheme = pools
             return manager
 
         def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -1118,19 +1127,17 @@ class PartFile:
                 self._add(block)
 
     @classmethod
-    def find(cls, directory: Path, task: Task) -> PartFile | None:
-        """What an earlier run left of ``task``, if it can be resumed."""
-        prefix = PartId.of(task).filename.split("-0-")[0]
+    def reopen(cls, directory: Path, part_ids: Iterable[PartId]) -> PartFile | None:
+        """The first of ``part_ids`` that can be resumed; the others are removed."""
         found = None
-        for path in hidden_files(directory, prefix):
-            part_id = PartId.parse(path.name)
-            if part_id and part_id.resumable and not found:
-                found = cls(directory, part_id)
-                if 0 < found.size_bytes <= part_id.total:
-                    continue
-                found.close()
+        for part_id in part_ids:
+            if found or not part_id.resumable:
+                remove(directory / part_id.filename)
+                continue
+            found = cls(directory, part_id)
+            if not 0 < found.size_bytes <= part_id.total:
+                found.discard()
                 found = None
-            remove(path)
         return found
 
     @property
@@ -1189,24 +1196,14 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def hidden_files(directory: Path, prefix: str = ".") -> list[Path]:
-    """The part files and temporary metadata in ``directory`` whose names begin so."""
-    pattern = re.compile(r"\.[0-9a-f]{8}-[0-9a-f]{16}[\w-]*\.(?:part|tmp)", re.ASCII)
-    with contextlib.suppress(OSError):
-        return [
-            directory / name
-            for name in os.listdir(directory)
-            if name.startswith(prefix) and pattern.fullmatch(name)
-        ]
-    return []
-
-
 def sweep(directory: Path, positions: range, keep: set[str]) -> None:
-    """Remove the part files of ``positions``, but for the tasks whose digests are in ``keep``."""
-    for path in hidden_files(directory):
-        position, task_digest = path.name[1:9], path.name[10:26]
-        if int(position, 16) in positions and task_digest not in keep:
-            remove(path)
+    """Remove what downloads left at ``positions``, but for the tasks with digests ``keep``."""
+    pattern = re.compile(r"\.([0-9a-f]{8})-([0-9a-f]{16})[\w-]*\.(?:part|tmp)", re.ASCII)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            match = pattern.fullmatch(name)
+            if match and int(match[1], 16) in positions and match[2] not in keep:
+                remove(directory / name)
 
 
 # --- Transfer: attempts, back-off, resume, a fresh link ---------------------------------------
@@ -1302,6 +1299,7 @@ class Workplace:
     """What all transfers of a run share."""
 
     directory: Path
+    shelf: Shelf
     settings: Settings
     session: requests.Session
     stop: Stop
@@ -1326,7 +1324,7 @@ class Transfer:
         """The part file with the whole video; raises `TaskError`, `JobError`, `Stopped`."""
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._close)
-            self._part = PartFile.find(self.place.directory, self.task)
+            self._part = PartFile.reopen(self.place.directory, self.place.shelf.parts(self.task))
             part = self._try_until_whole()
             cleanup.pop_all()
         return part
@@ -1356,26 +1354,26 @@ class Transfer:
     def _fetch(self) -> PartFile:
         """One request for what is missing, its body written as it arrives."""
         part = self._part
-        offset = part.size_bytes if part else 0
-        headers = {"Accept-Encoding": "identity"}
-        if part:
-            headers |= {"Range": f"bytes={offset}-", "If-Range": part.id.validator}
-        with self._open(headers) as response:
+        with self._open(part) as response:
             answer = read_head(response.status_code, response.headers, time.time())
-            todo = judge(answer, part.id if part else None, offset)
+            todo = judge(answer, part.id if part else None, part.size_bytes if part else 0)
             if not part or todo is not Body.APPEND:
                 self._drop()
-                part = PartFile(self.place.directory, PartId.of(self.task, answer))
-                self._part = part
-            if todo is not Body.ASK_AGAIN:
+                part = None
+            if todo is Body.WRITE:
+                part = self._part = PartFile(self.place.directory, PartId.of(self.task, answer))
+            if part:
                 self._receive(response, answer, part)
                 return part
-        self._drop()
         return self._fetch()
 
-    def _open(self, headers: Mapping[str, str]) -> requests.Response:
+    def _open(self, part: PartFile | None) -> requests.Response:
+        """Ask for the video, from where ``part`` ends."""
         if not self._link:
             raise LinkRefused(0)
+        headers = {"Accept-Encoding": "identity"}
+        if part:
+            headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": part.id.validator}
         timeout_s = self.place.settings.timeout_s
         with network_errors(timeout_s):
             return self.place.session.get(
@@ -1428,7 +1426,7 @@ class Transfer:
             raise TaskError(f"the fresh {reason.removeprefix('the ')}", "run again later") from None
         secret = api_secret()
         if not secret:
-            hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh one"
+            hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh link"
             raise TaskError(reason, hint) from None
         self.refreshed = True
         while True:
@@ -1792,7 +1790,8 @@ def transfer_notes(transfer: Transfer) -> list[str]:
         notes.append("  🔑 Asked the Runway API for a fresh link")
     if transfer.retries.reasons:
         reasons = "; ".join(dict.fromkeys(transfer.retries.reasons))
-        notes.append(f"  🔁 Retried {len(transfer.retries.reasons)} times: {reasons}")
+        count = len(transfer.retries.reasons)
+        notes.append(f"  🔁 Retried {'once' if count == 1 else f'{count} times'}: {reasons}")
     if transfer.warning:
         notes.append(f"  ⚠️ {transfer.warning}")
     return notes
@@ -1826,6 +1825,7 @@ class Console:
                 out.flush()
             except (OSError, ValueError):
                 self._mute = True
+                silence(out)
 
     @property
     def has_live_line(self) -> bool:
@@ -1854,6 +1854,14 @@ class Console:
             sys.stderr.flush()
 
 
+def silence(stream: TextIO) -> None:
+    """Let what ``stream`` still holds go nowhere, so that the exit does not fail on it."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def terminal_columns() -> int:
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
@@ -1863,36 +1871,40 @@ def terminal_columns() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """One moment of a run, as the live line shows it. Bytes; seconds."""
+    """One moment of a run, as the live line shows it. Bytes; seconds.
+
+    ``expected`` is ``None`` before the first answer; ``estimated`` until the last video's.
+    """
 
     done: int
     videos: int
     received: int
     expected: int | None
+    estimated: bool
     bytes_per_second: float
 
     def text(self, columns: int) -> str:
-        """The live line in less than ``columns``: what does not fit is left out, least first."""
-        wanted = [f"⏬ {self.done}/{self.videos}", self._amount()]
-        if self.expected:
-            wanted.append(f"{min(100, 100 * self.received // self.expected)}%")
-        wanted.append(f"{self.bytes_per_second / BYTES_PER_MB:.1f} MB/s")
-        if self.expected and self.bytes_per_second > 0:
-            left_s = max(0, self.expected - self.received) / self.bytes_per_second
-            wanted.append(f"{shown_duration(left_s)} left")
-        line = ""
-        for part in wanted:
-            longer = f"{line}  {part}" if line else part
-            if len(longer) + 1 >= columns:  # the arrow takes two columns
+        """The live line in less than ``columns``: what does not fit is left out, last first."""
+        line = f"⏬ {self.done}/{self.videos}"
+        for part in self._amounts():
+            if len(line) + len(part) + 4 > columns:  # two blanks, and the arrow is two wide
                 break
-            line = longer
+            line += f"  {part}"
         return line
 
-    def _amount(self) -> str:
+    def _amounts(self) -> Iterator[str]:
         received = f"{self.received / BYTES_PER_MB:.1f}"
+        rate = f"{self.bytes_per_second / BYTES_PER_MB:.1f} MB/s"
         if not self.expected:
-            return f"{received} MB"
-        return f"{received}/{self.expected / BYTES_PER_MB:.1f} MB"
+            yield from (f"{received} MB", rate)
+            return
+        about = "~" if self.estimated else ""
+        yield f"{received}/{about}{self.expected / BYTES_PER_MB:.1f} MB"
+        yield f"{about}{min(100, 100 * self.received // self.expected)}%"
+        yield rate
+        if self.bytes_per_second > 0:
+            left_s = max(0, self.expected - self.received) / self.bytes_per_second
+            yield f"{shown_duration(left_s)} left"
 
 
 def shown_duration(seconds: float) -> str:
@@ -1918,13 +1930,15 @@ class Meter:
         since, before = self._samples[0]
         rate = (received - before) / (now - since) if now > since else 0.0
         sizes = self._progress.sizes()
-        on_disk = sum(size for size, _ in sizes)
-        return Live(done, self._videos, on_disk, self._expected(sizes), rate)
-
-    def _expected(self, sizes: Sequence[tuple[int, int | None]]) -> int | None:
-        """All bytes of the run: what is not known yet is taken to be as the average."""
-        known = [total for _, total in sizes if total]
-        return sum(known) * self._videos // len(known) if known else None
+        totals = [total for _, total in sizes if total]
+        return Live(
+            done=done,
+            videos=self._videos,
+            received=sum(size for size, _ in sizes),
+            expected=sum(totals) * self._videos // len(totals) if totals else None,
+            estimated=len(totals) < self._videos,
+            bytes_per_second=rate,
+        )
 
 
 # --- From results files to tasks, said aloud --------------------------------------------------
@@ -2136,7 +2150,8 @@ class Reporter:
         if isinstance(error, Stopped):
             return
         if error:
-            reason, hint = f"unexpected {type(error).__name__}", "please report it"
+            line = error.__traceback__.tb_lineno if error.__traceback__ else 0
+            reason, hint = f"unexpected {type(error).__name__} (line {line})", "please report it"
             self._report(failed(plan, self._directory, TaskError(reason, hint)))
         else:
             self._report(future.result())
@@ -2289,10 +2304,12 @@ class VideoDownloader:
     # The run
 
     def _run_safely(self, tasks: Sequence[Task], *, complete: bool = True) -> int:
+        reported = len(self.outcomes)
         try:
             return self.run(tasks, complete=complete)
         except JobError as error:
             self._console.print(f"❌ {error}")
+            self.stats["failed_downloads"] += reported + len(tasks) - len(self.outcomes)
             return 0
 
     def run(self, tasks: Sequence[Task], *, complete: bool = True) -> int:
@@ -2318,12 +2335,12 @@ class VideoDownloader:
         self, tasks: Sequence[Task], report: Reporter, stop: Stop, complete: bool
     ) -> None:
         with self._locked(stop):
-            plans = self._claim(tasks, stop)
+            shelf, plans = self._claim(tasks, stop)
             kept = [plan for plan in plans if plan.action is Action.KEEP]
             report.existing(kept)
             jobs = [plan for plan in plans if plan.action is not Action.KEEP]
             try:
-                self._work(sorted(jobs, key=urgency), report, stop)
+                self._work(sorted(jobs, key=urgency), shelf, report, stop)
             finally:
                 self._unclaim(jobs)
                 self._clean_up(report, stop, complete)
@@ -2348,17 +2365,17 @@ class VideoDownloader:
             self.outcomes.append(outcome)
         self._on_outcome(outcome)
 
-    def _claim(self, tasks: Sequence[Task], stop: Stop) -> list[Plan]:
+    def _claim(self, tasks: Sequence[Task], stop: Stop) -> tuple[Shelf, list[Plan]]:
         """Plan ``tasks`` in order and hold their names against this process's other threads."""
         keys = {task.key for task in tasks if task.key}
         with self._mutex:
             while self._busy & keys:
                 stop.check()
                 self._mutex.wait(LOCK_POLL_S)
-            self._shelf = Shelf(self.output_dir)
-            plans = plan_all(tasks, self._shelf, self._claims)
+            self._shelf = shelf = Shelf(self.output_dir)
+            plans = plan_all(tasks, shelf, self._claims)
             self._busy |= {plan.task.key for plan in plans if plan.action is not Action.KEEP}
-        return plans
+        return shelf, plans
 
     def _unclaim(self, plans: Iterable[Plan]) -> None:
         with self._mutex:
@@ -2367,7 +2384,7 @@ class VideoDownloader:
             self._claims = {stub: key for stub, key in self._claims.items() if key not in keys}
             self._mutex.notify_all()
 
-    def _work(self, plans: Sequence[Plan], report: Reporter, stop: Stop) -> None:
+    def _work(self, plans: Sequence[Plan], shelf: Shelf, report: Reporter, stop: Stop) -> None:
         """Carry ``plans`` out in worker threads; report each in this one."""
         if not plans:
             return
@@ -2376,6 +2393,7 @@ class VideoDownloader:
         progress = Progress()
         place = Workplace(
             self.output_dir,
+            shelf,
             self._settings,
             self._shared_session(),
             stop,
