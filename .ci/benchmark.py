@@ -46,6 +46,7 @@ PACKAGES = (
 )
 
 PARALLEL = 16
+CURL_PARALLEL = f"-Z --parallel-max {PARALLEL}"
 FIRST_BYTE_S = 0.150
 FIRST_BYTE_SLACK_S = 0.030
 CLIP_BYTES = range(850_000, 1_000_001)
@@ -164,17 +165,19 @@ class Contender:
 
     name: str
     command: tuple[str, ...]
-    limit: float | None = None  # the script's wall time over this one's, at most; None: unjudged
     max_runs: int | None = None  # for the slow: so many runs, and no warm-up
 
 
 @dataclass(frozen=True)
 class Row:
-    """A job, and what the script is measured against there."""
+    """A job, and what the script is measured against there.
+
+    A limit is of the script's figure over the other; None: to know, not to judge.
+    """
 
     job: Job
-    rivals: tuple[Contender, ...]
-    wall_goal: tuple[str, float, float] | None = None  # name, seconds, limit of the ratio
+    rivals: tuple[tuple[Contender, float | None], ...]
+    wall_goal: tuple[str, float, float] | None = None  # name, seconds, limit
     peak_limit_mib: float | None = None
     starts_empty: bool = True  # False: each run finds what the script's warm-up brought home
 
@@ -186,6 +189,9 @@ class Measurement:
     wall_s: float
     cpu_s: float
     peak_mib: float
+
+
+Measurements = Sequence[Measurement]
 
 
 @dataclass(frozen=True)
@@ -357,46 +363,43 @@ def the_script(job: Job) -> Contender:
     return Contender("the script", (job.bench.python, str(job.bench.script), *files))
 
 
-def python_loop(
-    job: Job, program: str, name: str, limit: float, max_runs: int | None = None
-) -> Contender:
+def python_loop(job: Job, program: str, name: str, max_runs: int | None = None) -> Contender:
     """Return a rival given as source text, run by the script's interpreter."""
     path = job.directory / "rival.py"
     path.write_text(program)
     command = (job.bench.python, str(path), str(job.results_file), str(job.output_dir))
-    return Contender(name, command, limit, max_runs)
+    return Contender(name, command, max_runs)
 
 
-def curl(job: Job, options: str, limit: float | None) -> Contender:
-    """Return curl, with the links and file names in a config file."""
-    config = job.directory / "curl.conf"
+def tool(job: Job, name: str, options: Sequence[str], links: str) -> Contender:
+    """Return a tool, started as its name says; its last option takes the file of links."""
+    path = job.directory / f"{name.split(maxsplit=1)[0]}.links"
+    path.write_text(links)
+    return Contender(name, (*name.split(), *options, str(path)))
+
+
+def curl(job: Job, options: str = "") -> Contender:
+    """Return curl, quiet, with the links and file names in a config file."""
     lines = [f'url = "{link}"\noutput = "{stub}.mp4"\n' for stub, link in job.links.items()]
-    config.write_text("".join(lines))
-    name = f"curl {options}".strip()
     quiet = ("-sSf", "--no-progress-meter", "--cacert", str(job.bench.ca_bundle))
-    files = ("--output-dir", str(job.output_dir), "-K", str(config))
-    return Contender(name, (*name.split(), *quiet, *files), limit)
+    files = ("--output-dir", str(job.output_dir), "-K")
+    return tool(job, f"curl {options}".strip(), (*quiet, *files), "".join(lines))
 
 
-def aria2c(job: Job, limit: float) -> Contender:
+def aria2c(job: Job) -> Contender:
     """Return aria2c, quiet, not allocating ahead, one connection per video (its default)."""
-    links = job.directory / "aria2c.list"
-    links.write_text("".join(f"{link}\n out={stub}.mp4\n" for stub, link in job.links.items()))
-    name = f"aria2c -j{PARALLEL}"
+    lines = [f"{link}\n out={stub}.mp4\n" for stub, link in job.links.items()]
     quiet = ("--quiet", "--console-log-level=error", "--file-allocation=none")
-    trust = f"--ca-certificate={job.bench.ca_bundle}"
-    files = ("-d", str(job.output_dir), "-i", str(links))
-    return Contender(name, (*name.split(), *quiet, trust, *files), limit)
+    files = (f"--ca-certificate={job.bench.ca_bundle}", "-d", str(job.output_dir), "-i")
+    return tool(job, f"aria2c -j{PARALLEL}", (*quiet, *files), "".join(lines))
 
 
 def wget2(job: Job) -> Contender:
-    """Return wget2, which makes the folders of the links' paths."""
-    links = job.directory / "wget2.list"
-    links.write_text("\n".join(job.links.values()))
-    name = f"wget2 --max-threads={PARALLEL}"
+    """Return wget2, quiet; it makes the folders of the links' paths in the output directory."""
     options = ("--quiet", "--cut-file-get-vars", f"--ca-certificate={job.bench.ca_bundle}")
-    files = ("-P", str(job.output_dir), "-i", str(links))
-    return Contender(name, (*name.split(), *options, *files))
+    files = ("-P", str(job.output_dir), "-i")
+    name = f"wget2 --max-threads={PARALLEL}"
+    return tool(job, name, (*options, *files), "\n".join(job.links.values()))
 
 
 def videos_row(bench: Bench) -> Row:
@@ -404,10 +407,10 @@ def videos_row(bench: Bench) -> Row:
     url = f"{bench.tls_url}/slow"
     job = make_job(bench, "200 videos, 150 ms to the first byte", "clip.mp4", url, 200)
     rivals = (
-        curl(job, f"-Z --parallel-max {PARALLEL}", 0.95),
-        aria2c(job, 0.75),
-        python_loop(job, SEQUENTIAL_LOOP, "sequential requests.get", 0.075, max_runs=2),
-        wget2(job),
+        (curl(job, CURL_PARALLEL), 0.95),
+        (aria2c(job), 0.75),
+        (python_loop(job, SEQUENTIAL_LOOP, "sequential requests.get", max_runs=2), 0.075),
+        (wget2(job), None),
     )
     return Row(job, rivals, wall_goal=("200 / 16 x 150 ms", 200 / PARALLEL * FIRST_BYTE_S, 1.4))
 
@@ -416,14 +419,14 @@ def bare_row(bench: Bench) -> Row:
     """Set up small videos from nearby, where the client's own work is what counts."""
     url = f"{bench.tls_url}/fast"
     job = make_job(bench, "400 videos, no latency", "clip.mp4", url, 400)
-    return Row(job, (aria2c(job, 1.1), curl(job, f"-Z --parallel-max {PARALLEL}", None)))
+    return Row(job, ((aria2c(job), 1.1), (curl(job, CURL_PARALLEL), None)))
 
 
 def large_row(bench: Bench) -> Row:
     """Set up one large video."""
     make_large(bench.served / "clip.mp4", bench.served / "large.mp4")
     job = make_job(bench, "1 GB, plain HTTP", "large.mp4", f"{bench.plain_url}/large", 1)
-    return Row(job, (curl(job, "", 1.75),), peak_limit_mib=64.0)
+    return Row(job, ((curl(job), 1.75),), peak_limit_mib=64.0)
 
 
 def rerun_row(bench: Bench) -> Row:
@@ -431,8 +434,8 @@ def rerun_row(bench: Bench) -> Row:
     (bench.served / "tiny.mp4").write_bytes(TINY_MP4)
     url = f"{bench.tls_url}/tiny"
     job = make_job(bench, "rerun, 10,000 videos there already", "tiny.mp4", url, 10_000)
-    loop = python_loop(job, EXISTS_LOOP, "bare loop of exists-checks", 2.5)
-    return Row(job, (loop,), starts_empty=False)
+    loop = python_loop(job, EXISTS_LOOP, "bare loop of exists-checks")
+    return Row(job, ((loop, 2.5),), starts_empty=False)
 
 
 ROWS = {"videos": videos_row, "bare": bare_row, "large": large_row, "rerun": rerun_row}
@@ -471,6 +474,15 @@ def memory_floor_mib(bench: Bench) -> float:
     return floor_mib
 
 
+def metadata_fingerprint(path: Path) -> tuple[int, str]:
+    """Return the size in bytes and the SHA-256 that the metadata gives for its video."""
+    try:
+        file_info = json.loads(path.read_text("utf-8"))["file_info"]
+        return file_info["size_bytes"], file_info["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BenchmarkError(f"the metadata {path.name} cannot be used: {error!r}") from error
+
+
 def check_brought_home(job: Job, who: str, with_metadata: bool) -> None:
     """Refuse a run whose videos (and their metadata) are not just those asked for."""
     found = {path.stem: path for path in job.output_dir.rglob("*.mp4")}
@@ -479,18 +491,17 @@ def check_brought_home(job: Job, who: str, with_metadata: bool) -> None:
     for path in found.values():
         if fingerprint(path) != job.fingerprint:
             raise BenchmarkError(f"{who}: {path.name} differs from what was served")
-        if with_metadata:
-            file_info = json.loads(path.with_suffix(".json").read_text("utf-8"))["file_info"]
-            if (file_info["size_bytes"], file_info["sha256"]) != job.fingerprint:
-                raise BenchmarkError(f"{who}: the metadata of {path.name} is wrong")
+        if with_metadata and metadata_fingerprint(path.with_suffix(".json")) != job.fingerprint:
+            raise BenchmarkError(f"{who}: the metadata of {path.name} says something else")
 
 
 def measure_row(row: Row, runs: int) -> list[Verdict]:
     """Let the script and its rivals take turns, turn 0 to warm up, and compare them."""
     job, script = row.job, the_script(row.job)
+    contenders = (script, *(rival for rival, _ in row.rivals))
     measured: dict[Contender, list[Measurement]] = {}
     for turn in range(runs + 1):
-        for contender in (script, *row.rivals):
+        for contender in contenders:
             if contender.max_runs is not None and not 1 <= turn <= contender.max_runs:
                 continue
             if row.starts_empty:
@@ -504,19 +515,19 @@ def measure_row(row: Row, runs: int) -> list[Verdict]:
             if turn:
                 measured.setdefault(contender, []).append(run)
     ours = measured[script]
-    verdicts = [compare(job.title, ours, rival, measured[rival]) for rival in row.rivals]
-    return verdicts + compare_with_goals(row, ours)
+    pairs = [(rival.name, measured[rival], limit) for rival, limit in row.rivals]
+    return [compare(job.title, ours, *pair) for pair in pairs] + compare_with_goals(row, ours)
 
 
 # --- Reporting ----------------------------------------------------------------------------------
 
 
-def median_wall_s(runs: Sequence[Measurement]) -> float:
+def median_wall_s(runs: Measurements) -> float:
     """Return the median of the wall times."""
     return statistics.median(run.wall_s for run in runs)
 
 
-def show_wall(runs: Sequence[Measurement]) -> str:
+def show_wall(runs: Measurements) -> str:
     """Return the median wall time with the least and the most."""
     walls_s = sorted(run.wall_s for run in runs)
     return f"{median_wall_s(runs):.3f} ({walls_s[0]:.3f} to {walls_s[-1]:.3f})"
@@ -530,21 +541,21 @@ def verdict(cells: Sequence[str], ratio: float, limit: float | None, *costs: str
 
 
 def compare(
-    title: str, ours: Sequence[Measurement], rival: Contender, theirs: Sequence[Measurement]
+    title: str, ours: Measurements, rival: str, theirs: Measurements, limit: float | None
 ) -> Verdict:
     """Compare the script with a rival by their median wall times."""
     cpu_s, rival_cpu_s = (statistics.median(r.cpu_s for r in runs) for runs in (ours, theirs))
     peak_mib, rival_peak_mib = (max(r.peak_mib for r in runs) for runs in (ours, theirs))
     return verdict(
-        (title, rival.name, show_wall(ours), show_wall(theirs)),
+        (title, rival, show_wall(ours), show_wall(theirs)),
         median_wall_s(ours) / median_wall_s(theirs),
-        rival.limit,
+        limit,
         f"{cpu_s:.2f} / {rival_cpu_s:.2f}",
         f"{peak_mib:.0f} / {rival_peak_mib:.0f}",
     )
 
 
-def compare_with_goals(row: Row, ours: Sequence[Measurement]) -> list[Verdict]:
+def compare_with_goals(row: Row, ours: Measurements) -> list[Verdict]:
     """Compare the script with the figures that a row sets, if it does."""
     title, verdicts = row.job.title, []
     if row.wall_goal:
@@ -566,7 +577,7 @@ def machine_line(bench: Bench) -> str:
     for tool, option in (("curl", "-V"), ("aria2c", "-v"), ("wget2", "-V"), ("nginx", "-v")):
         number = re.search(r"\d+(\.\d+)+", run_tool(tool, option))
         versions.append(f"{tool} {number[0] if number else '?'}")
-    machine = f"{os.cpu_count()} cores, {platform.system()} {platform.release()}"
+    machine = f"{os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), Linux {platform.release()}"
     clip_bytes = (bench.served / "clip.mp4").stat().st_size
     floor = f"memory can be measured from {memory_floor_mib(bench):.0f} MB up"
     return f"{machine}, {', '.join(versions)}; the video has {clip_bytes} bytes; {floor}"
