@@ -1966,13 +1966,13 @@ def shown_duration(seconds: float) -> str:
 class Meter:
     """Makes `Live` moments from `Progress`; the rate is that of the last few seconds."""
 
-    def __init__(self, progress: Progress, videos: int, clock: Callable[[], float]) -> None:
+    def __init__(self, progress: Progress, transfers: int, clock: Callable[[], float]) -> None:
         self._progress = progress
-        self._videos = videos
+        self._transfers = transfers
         self._clock = clock
         self._samples: deque[tuple[float, int]] = deque([(clock(), 0)])
 
-    def moment(self, done: int) -> Live:
+    def moment(self, done: int, videos: int) -> Live:
         now, received = self._clock(), self._progress.received
         self._samples.append((now, received))
         while len(self._samples) > 2 and self._samples[1][0] < now - RATE_WINDOW_S:
@@ -1983,10 +1983,10 @@ class Meter:
         totals = [total for _, total in sizes if total]
         return Live(
             done=done,
-            videos=self._videos,
+            videos=videos,
             received=sum(size for size, _ in sizes),
-            expected=sum(totals) * self._videos // len(totals) if totals else None,
-            estimated=len(totals) < self._videos,
+            expected=sum(totals) * self._transfers // len(totals) if totals else None,
+            estimated=len(totals) < self._transfers,
             bytes_per_second=rate,
         )
 
@@ -2222,7 +2222,7 @@ class Reporter:
         now = time.monotonic()
         if now >= self._next_draw and self._console.has_live_line:
             self._next_draw = now + REDRAW_S
-            self._console.draw(meter.moment(self._done).text(terminal_columns()))
+            self._console.draw(meter.moment(self._done, self._total).text(terminal_columns()))
 
 
 # --- The engine: plan all, download in parallel, report one by one ----------------------------
