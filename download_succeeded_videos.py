@@ -30,7 +30,6 @@ import math
 import os
 import random
 import re
-import select
 import shlex
 import signal
 import stat
@@ -140,6 +139,13 @@ class TransientError(TaskError):
     def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
         super().__init__(reason, "run again to try once more")
         self.retry_after_s = retry_after_s
+
+
+class Stalled(TransientError):
+    """The server sent nothing, or a trickle, for as long as we wait."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"stalled: less than 1 kB/s for {timeout_s:g} s")
 
 
 class LinkRefused(TaskError):
@@ -914,7 +920,7 @@ class StallGuard(io.RawIOBase):
     def __init__(self, raw: io.RawIOBase, sock: Any, clock: Callable[[], float]) -> None:
         self._raw = raw
         self._sock = sock
-        self._timeout_s: float = sock.gettimeout() or math.inf
+        self._timeout_s: float | None = sock.gettimeout()
         self._clock = clock
         self._error: OSError | None = None
         self._total = 0
@@ -931,45 +937,40 @@ class StallGuard(io.RawIOBase):
         if self._error:
             raise self._error
         view = memoryview(buffer)
+        count = self._raw.readinto(view) or 0
+        if 0 < count < len(view):
+            count += self._read_arrived(view[count:])
+        if count and self._timeout_s:
+            self._check_rate(count, self._timeout_s)
+        return count
+
+    def _read_arrived(self, view: memoryview) -> int:
+        """Read on without waiting: TLS hands out 16 kB at a time."""
         filled = 0
-        while filled < len(view) and (not filled or has_data(self._sock)):
-            try:
-                count = self._raw.readinto(view[filled:]) or 0
-            except OSError as error:
-                if not filled:
-                    raise
+        self._sock.settimeout(0)
+        try:
+            while filled < len(view) and (count := self._raw.readinto(view[filled:])):
+                filled += count
+        except OSError as error:
+            if type(error).__name__ != "SSLWantReadError":  # which is: nothing there yet
                 self._error = error
-                break
-            if not count:
-                break
-            filled += count
-        self._note(filled)
+        finally:
+            self._sock.settimeout(self._timeout_s)
         return filled
 
-    def _note(self, count: int) -> None:
+    def _check_rate(self, count: int, timeout_s: float) -> None:
         """Keep marks of (time, bytes so far) over one timeout's time, and judge by them."""
         now = self._clock()
         self._total += count
         marks = self._marks
-        while len(marks) > 1 and marks[1][0] <= now - self._timeout_s:
+        while len(marks) > 1 and marks[1][0] <= now - timeout_s:
             marks.popleft()
-        if not marks or now - marks[-1][0] >= self._timeout_s / 10:
+        if not marks or now - marks[-1][0] >= timeout_s / 10:
             marks.append((now, self._total))
         since, before = marks[0]
-        slow = self._total - before < STALL_BYTES_PER_SECOND * self._timeout_s
-        if count and slow and now - since >= self._timeout_s:
+        slow = self._total - before < STALL_BYTES_PER_SECOND * timeout_s
+        if slow and now - since >= timeout_s:
             raise TimeoutError(errno.ETIMEDOUT, "stalled")
-
-
-def has_data(sock: Any) -> bool:
-    """Whether a read from ``sock`` would return at once."""
-    pending = getattr(sock, "pending", None)
-    if pending and pending():
-        return True
-    try:
-        return bool(select.select([sock], [], [], 0)[0])
-    except ValueError:  # select takes no descriptor above 1023: be content with one read
-        return False
 
 
 def make_session(workers: int) -> requests.Session:
@@ -1071,7 +1072,7 @@ def explain(error: BaseException, timeout_s: float) -> TaskError:
     if isinstance(error, exceptions.ConnectTimeout):
         return TransientError(f"no connection within {timeout_s:g} s")
     if isinstance(error, (exceptions.Timeout, ReadTimeoutError, TimeoutError)):
-        return TransientError(f"stalled: less than 1 kB/s for {timeout_s:g} s")
+        return Stalled(timeout_s)
     if isinstance(error, exceptions.TooManyRedirects):
         return TaskError("the link redirects without end", "check the link in the results file")
     if isinstance(error, ValueError):
@@ -1389,15 +1390,21 @@ class Transfer:
             except LinkRefused as error:
                 self._refresh(error)
             except TransientError as error:
-                self._note_progress()
+                self._note_progress(error)
                 self.retries.back_off(error)
 
-    def _note_progress(self) -> None:
-        """Renew the tries if this one got further than any; drop what cannot be resumed."""
+    def _note_progress(self, error: TransientError) -> None:
+        """Renew the tries if this one got further than any; drop what cannot be resumed.
+
+        A trickle is no progress, or a server that trickles would keep us for days.
+        """
         part = self._part
-        if part and part.size_bytes > self._most_bytes:
-            self._most_bytes = part.size_bytes
+        worth = 1
+        if isinstance(error, Stalled):
+            worth = math.ceil(STALL_BYTES_PER_SECOND * self.place.settings.timeout_s)
+        if part and part.size_bytes >= self._most_bytes + worth:
             self.retries.renew()
+        self._most_bytes = max(self._most_bytes, part.size_bytes if part else 0)
         if part and not (part.id.resumable and part.size_bytes):
             self._drop()
 
@@ -1462,9 +1469,10 @@ class Transfer:
             self._drop()
             raise TaskError("the server sent an error page", "open the link to read it")
         if content is Content.CUT_MP4:
-            self._note_progress()
+            error = TransientError("the video is an MP4 cut short")
+            self._note_progress(error)
             self._drop()
-            raise TransientError("the video is an MP4 cut short")
+            raise error
         if content is not Content.WHOLE_MP4:
             self.warning = f"kept, but it is {content.value}: look at it"
 
