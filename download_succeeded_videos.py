@@ -72,6 +72,7 @@ HASH_ALONE_BYTES = 8 * 1024 * 1024
 HASH_QUEUE = 8
 FLUSH_BYTES = 8 * 1024 * 1024
 METADATA_READ_BYTES = 16 * 1024
+METADATA_MAX_BYTES = 64 * 1024 * 1024
 SNIFF_BYTES = 512
 BYTES_PER_MB = 1024 * 1024
 
@@ -241,7 +242,7 @@ def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[str, Path] = {}
     for directory in dict.fromkeys(map(Path, directories)):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             for name in os.listdir(directory):
                 if name.startswith(RESULTS_PREFIX) and name.endswith(".json"):
                     path = Path(directory, name)
@@ -407,9 +408,25 @@ def task_from_row(row: Mapping[str, Any], name: str, problems: list[str]) -> Tas
     return Task(task_id, stub, link, task_key(task_id, link), row)
 
 
+def as_row(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def text_of(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     return value if isinstance(value, str) else ""
+
+
+def is_plain(value: object, depth: int = 100) -> bool:
+    """Whether any JSON reader takes ``value``: no NaN, no endless number or nesting."""
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and all(is_plain(each, depth - 1) for each in value)
+    if isinstance(value, dict):
+        keys_are_text = all(isinstance(key, str) for key in value)
+        return depth > 0 and keys_are_text and is_plain(list(value.values()), depth - 1)
+    if isinstance(value, int):
+        return value.bit_length() < 4096
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, (str, NoneType))
 
 
 def merge_tasks(batches: Iterable[Iterable[Task]]) -> list[Task]:
@@ -433,7 +450,7 @@ _UNSAFE = re.compile(
 _RESERVED = re.compile(  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
     r"(?:CON|PRN|AUX|NUL|COM[0-9¹²³]|LPT[0-9¹²³]|CONIN\$|CONOUT\$) *(?:\.|$)", re.IGNORECASE
 )
-_STUB_SUFFIX = re.compile(r"(?:_[0-9a-f]{8})+$")
+_STUB_SUFFIX = re.compile(r"(?:_.{8}(?:_[0-9]+)?)+$", re.DOTALL)
 
 
 def safe_stub(stub: str) -> str:
@@ -446,7 +463,9 @@ def safe_stub(stub: str) -> str:
         return ""
     dots = len(name) - len(name.lstrip("."))
     name = "_" * dots + name[dots:]
-    return fit(f"_{name}" if _RESERVED.match(name) else name)
+    if _RESERVED.match(name) or name.startswith(RESULTS_PREFIX):
+        name = f"_{name}"
+    return fit(name)
 
 
 def default_stub(task_id: str) -> str:
@@ -498,13 +517,13 @@ class Shard:
             POSITION_SPACE * self.number // self.count,
         )
 
-    def holds(self, task: Task) -> bool:
-        return self.count == 1 or stub_position(task.stub) in self.positions
+    def holds(self, stub: str) -> bool:
+        return self.count == 1 or stub_position(stub) in self.positions
 
 
 def stub_position(stub: str) -> int:
     """Where ``stub`` stands in the shards' space: with all the names it may get."""
-    return int(digest(_STUB_SUFFIX.sub("", fold(stub)))[:8], 16) % POSITION_SPACE
+    return int(digest(_STUB_SUFFIX.sub("", fold(stub))[:50])[:8], 16) % POSITION_SPACE
 
 
 # --- MP4 structure (ISO/IEC 14496-12) ---------------------------------------------------------
@@ -531,7 +550,7 @@ def inspect(file: BinaryIO, size_bytes: int) -> Content:
     start = file.read(SNIFF_BYTES)
     if start[4:8] in _FIRST_BOXES:
         return walk_boxes(file, size_bytes)
-    if len(start) < 8 and start.startswith(b"\0\0\0"):
+    if len(start) < 8 and start[:3] == b"\0\0\0"[: len(start)]:
         return Content.CUT_MP4
     return Content.ERROR_PAGE if _ERROR_PAGE.match(start) else Content.OTHER
 
@@ -605,6 +624,15 @@ class Plan:
         return _ACTIONS[self.slot]
 
 
+def file_bytes(path: str | Path) -> int | None:
+    """The size of the file ``path``; ``None`` when it is not there or no regular file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
 def urgency(plan: Plan) -> tuple[bool, float]:
     """Sorts links that die soonest first, those that do not say when last."""
     expiry = link_expiry(plan.task.link)
@@ -643,21 +671,13 @@ class Shelf:
             self._owners[metadata_name] = read_owner(self._prefix + metadata_name)
         return self._owners[metadata_name]
 
-    def video_bytes(self, name: str) -> int | None:
-        """The size of video ``name``; ``None`` when it is not there or no regular file."""
-        try:
-            status = os.stat(self._prefix + name)
-        except (OSError, ValueError):
-            return None
-        return status.st_size if stat.S_ISREG(status.st_mode) else None
-
     def look(self, stub: str, key: str) -> tuple[Slot, str, int]:
         """What stands under ``stub`` for the task ``key``: slot, stub as on disk, bytes."""
         metadata = self.names(f"{stub}.json")
         for name in metadata:
             if name.endswith(".json") and self.owner(name) == key:
                 own = name.removesuffix(".json")
-                size = self.video_bytes(f"{own}.mp4")
+                size = file_bytes(f"{self._prefix}{own}.mp4")
                 return (Slot.DONE, own, size) if size else (Slot.OURS, own, 0)
         videos = self.names(f"{stub}.mp4")
         if not metadata and not videos:
@@ -667,7 +687,7 @@ class Shelf:
         return self._look_at_orphan(stub)
 
     def _look_at_orphan(self, stub: str) -> tuple[Slot, str, int]:
-        size = self.video_bytes(f"{stub}.mp4")
+        size = file_bytes(f"{self._prefix}{stub}.mp4")
         if size is None:
             return Slot.TAKEN, stub, 0
         if size == 0:
@@ -686,22 +706,21 @@ def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str]) -> Plan:
     """Find ``task`` on ``shelf``, or the place it is to have.
 
     ``claimed`` maps folded stubs that are about to be filled to the key of their task. The
-    task's own finished video wins, then a place its metadata already holds, then the best
-    name nobody has.
+    task's own finished video wins, then a place its metadata already holds, then a video
+    without metadata under a name with its id, then the best name nobody has.
     """
-    best: Plan | None = None
+    best, best_rank = None, len(_ACTIONS)
     for number, stub in enumerate(candidate_stubs(task)):
         slot, actual, size = shelf.look(stub, task.key)
         if slot is Slot.DONE:
             return Plan(task, actual, slot, size)
-        if claimed.get(fold(stub), task.key) != task.key:
-            slot = Slot.TAKEN
-        if slot is not Slot.TAKEN and (best is None or (slot, best.slot) == (Slot.OURS, Slot.FREE)):
-            best = Plan(task, actual, slot, size)
-        if best and number > 0 and slot in (Slot.FREE, Slot.TAKEN):
-            break
-    assert best is not None  # the numbers never run out
-    return best
+        if slot is not Slot.TAKEN and claimed.get(fold(stub), task.key) == task.key:
+            rank = 0 if slot is Slot.OURS else 1 if slot is Slot.ORPHAN and number > 0 else 2
+            if rank < best_rank:
+                best, best_rank = Plan(task, actual, slot, size), rank
+        if best and number > 0 and slot is Slot.FREE:
+            return best
+    raise AssertionError("the numbers never run out")
 
 
 def plan_all(tasks: Iterable[Task], shelf: Shelf, claimed: dict[str, str]) -> list[Plan]:
@@ -742,7 +761,10 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     from email.utils import parsedate_to_datetime
 
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
+        date = parsedate_to_datetime(text)
+        if date.tzinfo is None:  # the old form without a zone (5.6.7) is UTC as well
+            date = date.replace(tzinfo=timezone.utc)
+        return max(0.0, date.timestamp() - now)
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
 
@@ -820,9 +842,6 @@ def check_content(answer: Answer) -> None:
     if _PAGE_TYPES.fullmatch(answer.media_type):
         kind = printable(answer.media_type)
         raise TaskError(f"the server sent an error page ({kind})", "open the link to read it")
-    if answer.encoding and answer.encoding not in _DECODERS:
-        kind = printable(answer.encoding)
-        raise TaskError(f"the server sent an unknown encoding ({kind})", "report it to the host")
     if answer.length == 0:
         raise TaskError("the server sent an empty body", "check the task in Runway")
 
@@ -1439,7 +1458,7 @@ class Transfer:
 
     def _receive(self, response: requests.Response, answer: Answer, part: PartFile) -> None:
         """Write the body to ``part`` and count it against what the head announced."""
-        decoder = Decoder(answer.encoding) if answer.encoding else None
+        decoder = Decoder(answer.encoding) if answer.encoding in _DECODERS else None
         received = 0
         while data := self._read(response):
             received += len(data)
@@ -1455,6 +1474,9 @@ class Transfer:
             raise TransientError("the connection was closed before the first byte")
         if part.size_bytes == 0:
             raise TaskError("the server sent an empty body", "check the task in Runway")
+        if answer.encoding and not decoder and part.content() is not Content.WHOLE_MP4:
+            kind = printable(answer.encoding)
+            raise TaskError(f"the server sent an unknown encoding ({kind})", "report it to them")
         if part.id.resumable and part.size_bytes != part.id.total:
             raise TransientError("the server sent fewer bytes than it announced")
 
@@ -1612,12 +1634,14 @@ def build_metadata(
         "timestamp": text_of(row, "timestamp"),
     }
     extras = {key: row[key] for key in EXTRA_FIELDS if row.get(key) is not None}
+    extras = {key: value for key, value in extras.items() if is_plain(value)}
+    seed = row.get("seed")
     return {
         "video_file": video_name,
         "download_timestamp": now.isoformat(timespec="microseconds"),
         "input_path": text_of(row, "image_path"),
         "prompt": text_of(row, "prompt"),
-        "seed": row.get("seed"),
+        "seed": seed if is_plain(seed) else None,
         "runway_task_json": runway_task | extras,
         "target_filename_stub": text_of(row, "target_filename_stub"),
         "file_info": {
@@ -1644,7 +1668,9 @@ def read_bytes(path: str | Path) -> bytes:
     descriptor = os.open(path, _READ_FLAGS)
     try:
         data = os.read(descriptor, METADATA_READ_BYTES)
-        while len(data) % METADATA_READ_BYTES == 0 and (more := os.read(descriptor, len(data))):
+        while len(data) % METADATA_READ_BYTES == 0 and len(data) < METADATA_MAX_BYTES:
+            if not (more := os.read(descriptor, len(data))):
+                break
             data += more
     finally:
         os.close(descriptor)
@@ -1830,8 +1856,9 @@ def list_videos(directory: Path, known: Mapping[str, int]) -> dict[str, int]:
     with contextlib.suppress(OSError):
         for name in os.listdir(directory):
             if name.endswith(".mp4") and not name.startswith("."):
-                with contextlib.suppress(OSError):
-                    videos[name] = known.get(name) or os.stat(directory / name).st_size
+                size = known.get(name) or file_bytes(directory / name)
+                if size is not None:
+                    videos[name] = size
     return videos
 
 
@@ -2014,7 +2041,7 @@ def read_tasks(
         console.print("", *more, f"  ✅ Found {len(tasks):,} different SUCCEEDED tasks in all")
     if shard.count == 1:
         return tasks, len(failed)
-    part = [task for task in tasks if shard.holds(task)]
+    part = [task for task in tasks if shard.holds(task.stub)]
     count = f"{len(part):,} of {len(tasks):,} tasks"
     console.print(f"  🧩 Shard {shard.number}/{shard.count}: {count}")
     return part, len(failed)
@@ -2319,17 +2346,12 @@ class VideoDownloader:
 
     def generate_filename_stub(self, task: Mapping[str, Any]) -> str:
         """The name that row ``task`` asks for, made safe, without suffix."""
-        return task_from_row(task, "", []).stub
+        return task_from_row(as_row(task), "", []).stub
 
     def process_succeeded_task(self, task: Mapping[str, Any]) -> bool:
         """Bring the video of row ``task`` to disk; whether it is there, new or before."""
         problems: list[str] = []
-        if not isinstance(task, Mapping):
-            self._console.print("  ❌ The task is not an object")
-            self.stats["total_succeeded"] += 1
-            self.stats["failed_downloads"] += 1
-            return False
-        checked = task_from_row(task, "The task", problems)
+        checked = task_from_row(as_row(task), "The task", problems)
         self._console.print(*(f"  ⚠️ {problem}" for problem in problems))
         return self._run_safely([checked], complete=False) == 1
 
@@ -2343,18 +2365,25 @@ class VideoDownloader:
         self, task: Mapping[str, Any], video_path: str | Path, metadata_path: str | Path
     ) -> bool:
         """Write the metadata of row ``task`` and the video on disk; whether it worked."""
-        checked = task_from_row(task, "", [])
         video = Path(video_path)
+        if not as_row(task):
+            self._console.print("  ❌ There is no task to describe")
+            return False
+        checked = task_from_row(task, "", [])
         try:
             self._write_metadata(checked, video, Path(metadata_path), *hash_file(video, Stop()))
-        except DownloaderError as error:
+        except (DownloaderError, ValueError) as error:
             self._console.print(f"  ❌ {error}")
             return False
         return True
 
     def print_final_stats(self) -> None:
         """Print the summary of everything done so far, and the videos in the directory."""
-        known = {f"{each.stub}.mp4": each.size_bytes or 0 for each in self.outcomes}
+        known = {
+            f"{each.stub}.mp4": each.size_bytes or 0
+            for each in self.outcomes
+            if each.status is Status.EXISTS
+        }
         videos = list_videos(self.output_dir, known)
         self._console.print(*statistics_lines(self.stats, self.outcomes))
         self._console.print(*storage_lines(self.output_dir, videos))
@@ -2707,10 +2736,12 @@ def verify(
     """Check every video that has metadata, and that each of ``tasks`` has one; no request."""
     from concurrent.futures import ThreadPoolExecutor
 
-    names = [name for name in sorted(list_names(directory)) if is_in_shard(name, settings.shard)]
+    names = sorted(list_names(directory))
     executor = ThreadPoolExecutor(settings.workers, "verify")
     try:
-        found = executor.map(lambda name: verify_video(directory / name, stop), names)
+        found = executor.map(
+            lambda name: verify_video(directory / name, settings.shard, stop), names
+        )
         checks = [check for check in found if check]
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
@@ -2743,13 +2774,13 @@ def list_names(directory: Path) -> list[str]:
         raise JobError(f"the output directory {printable(str(directory))}: {reason}") from None
 
 
-def is_in_shard(metadata_name: str, shard: Shard) -> bool:
-    return stub_position(metadata_name.removesuffix(".json")) in shard.positions
-
-
-def verify_video(path: Path, stop: Stop) -> Check | None:
-    """Check the video beside metadata ``path``; ``None`` if that is no metadata of a video."""
+def verify_video(path: Path, shard: Shard, stop: Stop) -> Check | None:
+    """Check the video beside metadata ``path``; ``None`` if that is none, or not in ``shard``."""
+    stop.check()
     metadata = read_metadata(path)
+    wanted_stub = text_of(metadata, "target_filename_stub") if metadata else ""
+    if not shard.holds(safe_stub(wanted_stub) or path.stem):
+        return None
     video = path.with_name(path.name.removesuffix(".json") + ".mp4")
     if metadata is None and os.path.lexists(video):
         return Check("", None, video, None, "its metadata cannot be read")

@@ -93,9 +93,7 @@ def make_row(number: int = 0, **overrides: Any) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None}
 
 
-def write_results(
-    directory: Path, rows: Iterable[Any], when: str = "20250617_040158"
-) -> Path:
+def write_results(directory: Path, rows: Iterable[Any], when: str = "20250617_040158") -> Path:
     """A results file in ``directory``, named for the time ``when``."""
     path = directory / f"runway_polling_results_{when}.json"
     document = {"polling_stats": {}, "task_results": list(rows), "generated_at": "2025-06-17"}
@@ -298,8 +296,8 @@ def start_script(
 
 def make_downloader(output_dir: Path, **settings: Any) -> dsv.VideoDownloader:
     """A downloader that does not sleep before a retry."""
-    settings = {"wait": lambda _seconds: None, "timeout": 5.0} | settings
-    return dsv.VideoDownloader(output_dir, **settings)
+    defaults: dict[str, Any] = {"wait": lambda _seconds: None, "timeout": 5.0}
+    return dsv.VideoDownloader(output_dir, **defaults | settings)
 
 
 def assert_whole(output_dir: Path, stub: str, task_id: str, body: bytes) -> None:
