@@ -17,6 +17,11 @@ Pure functions over frozen dataclasses decide; `PartFile`, `Shelf`, `Transfer` a
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: no traceback
+
 import argparse
 import base64
 import contextlib
@@ -31,7 +36,6 @@ import os
 import random
 import re
 import shlex
-import signal
 import stat
 import struct
 import sys
@@ -450,7 +454,8 @@ _UNSAFE = re.compile(
 _RESERVED = re.compile(  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
     r"(?:CON|PRN|AUX|NUL|COM[0-9¹²³]|LPT[0-9¹²³]|CONIN\$|CONOUT\$) *(?:\.|$)", re.IGNORECASE
 )
-_STUB_SUFFIX = re.compile(r"(?:_.{8}(?:_[0-9]+)?)+$", re.DOTALL)
+
+_ID_SUFFIX = re.compile(r"(?<!^video)(?:_[0-9a-f]{8})+$")  # but not that of `default_stub`
 
 
 def safe_stub(stub: str) -> str:
@@ -461,11 +466,22 @@ def safe_stub(stub: str) -> str:
     name = _UNSAFE.sub("_", stub)
     if not name.strip():
         return ""
+    if not name.isascii():
+        name = "".join(char if is_encodable(char) else "_" for char in name)
     dots = len(name) - len(name.lstrip("."))
     name = "_" * dots + name[dots:]
     if _RESERVED.match(name) or name.startswith(RESULTS_PREFIX):
         name = f"_{name}"
     return fit(name)
+
+
+def is_encodable(char: str) -> bool:
+    """Whether file names can hold ``char``: under an old locale they are not UTF-8."""
+    try:
+        os.fsencode(char)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def default_stub(task_id: str) -> str:
@@ -522,8 +538,8 @@ class Shard:
 
 
 def stub_position(stub: str) -> int:
-    """Where ``stub`` stands in the shards' space: with all the names it may get."""
-    return int(digest(_STUB_SUFFIX.sub("", fold(stub))[:50])[:8], 16) % POSITION_SPACE
+    """Where ``stub`` stands in the shards' space: together with the names it may get."""
+    return int(digest(_ID_SUFFIX.sub("", fold(stub)))[:8], 16) % POSITION_SPACE
 
 
 # --- MP4 structure (ISO/IEC 14496-12) ---------------------------------------------------------
@@ -660,6 +676,9 @@ class Shelf:
     def names(self, name: str) -> list[str]:
         """The names on disk that are ``name``, but for case and Unicode form."""
         return self._names.get(fold(name), [])
+
+    def all_names(self, suffix: str) -> list[str]:
+        return [name for names in self._names.values() for name in names if name.endswith(suffix)]
 
     def parts(self, task: Task) -> list[PartId]:
         """The part files that earlier runs left of ``task``."""
@@ -1718,15 +1737,36 @@ def read_owner(path: str) -> str | None:
     return metadata_owner(parse_metadata(data))
 
 
-def write_atomically(path: Path, data: bytes, temporary: Path) -> None:
-    """Whole or not at all: written and synced under a hidden name first, then renamed."""
+def publish(hidden: Path, final: Path, replaces: bool) -> None:
+    """Give ``hidden`` its final name in one step.
+
+    Unless it ``replaces`` what is there, raises FileExistsError rather than overwrite: another
+    program, or another part of a shard set, may have taken the name a moment ago.
+    """
+    if not replaces:
+        try:
+            os.link(hidden, final)
+        except FileExistsError:
+            raise
+        except (OSError, AttributeError, NotImplementedError):  # no hard links here
+            if os.path.lexists(final):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        else:
+            os.unlink(hidden)
+            return
+    os.replace(hidden, final)
+
+
+def write_metadata(path: Path, task: Task, metadata: Mapping[str, Any], replaces: bool) -> None:
+    """Write ``metadata`` to ``path``, whole or not at all: synced under a hidden name first."""
+    bare_name = PartId.of(task).filename
+    temporary = path.with_name(bare_name.removesuffix("part") + "tmp")
     try:
-        with disk_errors("write the metadata"):
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with open(temporary, "wb") as file:
+            file.write(encode_metadata(metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path, replaces)
     finally:
         remove(temporary)
 
@@ -2218,16 +2258,22 @@ class Reporter:
         self._total = total
         self._numbered = numbered
         self._done = 0
+        self._existing = 0
+        self._hidden = 0
         self._next_draw = 0.0
 
     def existing(self, plans: Sequence[Plan]) -> None:
         """Report the videos that are there already, the first few of them in full."""
         for plan in plans:
             outcome = Outcome(plan.task, Status.EXISTS, self._directory, plan.stub, plan.size_bytes)
-            self._report(outcome, shown=self._done < EXISTING_SHOWN)
-        if len(plans) > EXISTING_SHOWN:
-            more = len(plans) - EXISTING_SHOWN
-            self._console.print("", f"  ⚠️ … and {more:,} more that already exist")
+            self._report(outcome)
+        self.say_hidden()
+
+    def say_hidden(self) -> None:
+        """Count the existing videos that were not worth a block of their own."""
+        if self._hidden:
+            self._console.print("", f"  ⚠️ … and {self._hidden:,} more that already exist")
+        self._hidden = 0
 
     def finished(self, plan: Plan, future: Future[Outcome]) -> None:
         """Report what a worker made of ``plan``; a worker that was stopped says nothing."""
@@ -2241,13 +2287,16 @@ class Reporter:
         else:
             self._report(future.result())
 
-    def _report(self, outcome: Outcome, *, shown: bool = True) -> None:
+    def _report(self, outcome: Outcome) -> None:
         self._done += 1
+        self._existing += outcome.status is Status.EXISTS
         if outcome.status is Status.FAILED:
             self.failed_keys.add(outcome.task.key)
         else:
             self.on_disk += 1
-        if shown:
+        if outcome.status is Status.EXISTS and self._existing > EXISTING_SHOWN:
+            self._hidden += 1
+        else:
             number = f"{self._done}/{self._total} " if self._numbered else ""
             self._console.print(*outcome_lines(outcome, number))
         self._record(outcome)
@@ -2371,7 +2420,7 @@ class VideoDownloader:
             return False
         checked = task_from_row(task, "", [])
         try:
-            self._write_metadata(checked, video, Path(metadata_path), *hash_file(video, Stop()))
+            self._describe(checked, video, Path(metadata_path), Stop())
         except (DownloaderError, ValueError) as error:
             self._console.print(f"  ❌ {error}")
             return False
@@ -2508,6 +2557,7 @@ class VideoDownloader:
                     report.finished(running[future], future)
             executor.shutdown(wait=False, cancel_futures=True)
             self._console.draw("")
+            report.say_hidden()
         stop.check()
 
     def _execute(self, plan: Plan, place: Workplace) -> Outcome:
@@ -2525,7 +2575,7 @@ class VideoDownloader:
         video = self.output_dir / f"{plan.stub}.mp4"
         metadata = metadata_path(video)
         try:
-            self._write_metadata(plan.task, video, metadata, *hash_file(video, place.stop))
+            self._describe(plan.task, video, metadata, place.stop)
         except TaskError as error:
             return failed(plan, self.output_dir, error)
         notes = (f"  📄 Metadata created: {printable(metadata.name)}",)
@@ -2560,35 +2610,40 @@ class VideoDownloader:
         )
 
     def _commit(self, plan: Plan, part: PartFile) -> str:
-        """Give ``part`` its final name, metadata first; the stub it got.
-
-        Whoever sees the video finds its metadata. A kill in between leaves metadata without
-        a video, which the next run fills.
-        """
+        """Give ``part`` its final name, or another if that is taken by now; the stub it got."""
         try:
             part.sync()
-            while not self._is_vacant(plan):
+            while not self._put_in_place(plan, part):
                 plan = self._move(plan)
-            video = self.output_dir / f"{plan.stub}.mp4"
-            size_bytes, sha256 = part.size_bytes, part.sha256
-            self._write_metadata(plan.task, video, metadata_path(video), size_bytes, sha256)
-            with disk_errors("put the video in place"):
-                os.replace(part.path, video)
         except TaskError:
             part.close()
             raise
         return plan.stub
 
-    def _is_vacant(self, plan: Plan) -> bool:
-        """Whether the place of ``plan`` is still as it was planned: users copy files in."""
+    def _put_in_place(self, plan: Plan, part: PartFile) -> bool:
+        """Publish metadata and video; False if somebody has taken the name meanwhile.
+
+        Metadata first: whoever sees the video finds it. A kill in between leaves metadata
+        without a video, which the next run fills.
+        """
         video = self.output_dir / f"{plan.stub}.mp4"
-        try:
-            status = video.lstat()
-        except OSError:
-            vacant = True
-        else:
-            vacant = stat.S_ISREG(status.st_mode) and status.st_size in (0, plan.size_bytes)
-        return vacant and (plan.slot is Slot.OURS or not os.path.lexists(metadata_path(video)))
+        replaces = os.path.lexists(video)
+        if replaces and file_bytes(video) not in (0, plan.size_bytes):
+            return False
+        is_ours = plan.slot is Slot.OURS
+        size_bytes, sha256 = part.size_bytes, part.sha256
+        metadata = build_metadata(plan.task, video.name, size_bytes, sha256, datetime.now())
+        with disk_errors("put the video in place"):
+            try:
+                write_metadata(metadata_path(video), plan.task, metadata, is_ours)
+            except FileExistsError:
+                return False
+            try:
+                publish(part.path, video, replaces)
+            except FileExistsError:
+                remove(metadata_path(video))
+                return False
+        return True
 
     def _move(self, plan: Plan) -> Plan:
         """Another place for ``plan``, whose own somebody has taken meanwhile."""
@@ -2598,13 +2653,12 @@ class VideoDownloader:
             self._claims[fold(moved.stub)] = plan.task.key
         return moved
 
-    def _write_metadata(
-        self, task: Task, video: Path, path: Path, size_bytes: int, sha256: str
-    ) -> None:
-        metadata = build_metadata(task, video.name, size_bytes, sha256, datetime.now())
-        bare_name = PartId.of(task).filename
-        temporary = path.with_name(bare_name.removesuffix("part") + "tmp")
-        write_atomically(path, encode_metadata(metadata), temporary)
+    def _describe(self, task: Task, video: Path, metadata: Path, stop: Stop) -> None:
+        """Write the metadata of a ``video`` that is on disk."""
+        size_bytes, sha256 = hash_file(video, stop)
+        content = build_metadata(task, video.name, size_bytes, sha256, datetime.now())
+        with disk_errors("write the metadata"):
+            write_metadata(metadata, task, content, replaces=True)
 
     # What runs need around them
 
@@ -2736,7 +2790,9 @@ def verify(
     """Check every video that has metadata, and that each of ``tasks`` has one; no request."""
     from concurrent.futures import ThreadPoolExecutor
 
-    names = sorted(list_names(directory))
+    if not tasks and not directory.is_dir():
+        raise JobError(f"the output directory {printable(str(directory))} is not there")
+    names = sorted(Shelf(directory).all_names(".json"))
     executor = ThreadPoolExecutor(settings.workers, "verify")
     try:
         found = executor.map(
@@ -2747,10 +2803,11 @@ def verify(
         executor.shutdown(wait=False, cancel_futures=True)
     stop.check()
     there = {check.key for check in checks}
-    for task in tasks:
-        if task.key not in there:
-            path = directory / f"{task.stub}.mp4"
-            checks.append(Check(task.task_id, task.key, path, None, "has not been downloaded"))
+    for plan in plan_all(tasks, Shelf(directory), {}):
+        if plan.task.key not in there:
+            path = directory / f"{plan.stub}.mp4"
+            problem = f"has not been downloaded (task {plan.task.shown_id})"
+            checks.append(Check(plan.task.task_id, plan.task.key, path, None, problem))
     problems = [check for check in checks if check.problem]
     for check in problems:
         console.print(f"  ❌ {printable(check.path.name)}: {check.problem}")
@@ -2763,15 +2820,6 @@ def verify(
     }
     videos = [verify_entry(check) for check in checks]
     return Report(stats, videos, EXIT_INCOMPLETE if problems else EXIT_OK)
-
-
-def list_names(directory: Path) -> list[str]:
-    """The names of what may be metadata in ``directory``."""
-    try:
-        return [name for name in os.listdir(directory) if name.endswith(".json")]
-    except OSError as error:
-        reason = error.strerror or "cannot be read"
-        raise JobError(f"the output directory {printable(str(directory))}: {reason}") from None
 
 
 def verify_video(path: Path, shard: Shard, stop: Stop) -> Check | None:
@@ -2790,17 +2838,17 @@ def verify_video(path: Path, shard: Shard, stop: Stop) -> Check | None:
     check = Check(
         task_id if isinstance(task_id, str) else "", metadata_owner(metadata), video, None
     )
+    size_bytes = file_bytes(video)
+    if size_bytes is None:
+        return replace(check, problem="is no file" if os.path.lexists(video) else "is missing")
     try:
         with open(video, "rb") as file:
-            size_bytes = file.seek(0, os.SEEK_END)
             content = inspect(file, size_bytes)
         wanted = metadata.get("file_info")
         problem = compare(wanted if isinstance(wanted, dict) else {}, size_bytes, content)
         if not problem and isinstance(wanted, dict) and "sha256" in wanted:
             _, sha256 = hash_file(video, stop)
             problem = "" if sha256 == wanted["sha256"] else "has another SHA-256 than downloaded"
-    except FileNotFoundError:
-        return replace(check, problem="is missing")
     except OSError as error:
         return replace(check, problem=f"cannot be read: {error.strerror}")
     except TaskError as error:
@@ -3025,7 +3073,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; the exit code, as ``--help`` lists them."""
     options = build_parser().parse_args(argv)
     gc.set_threshold(GC_THRESHOLD)
-    console = Console(sys.stderr if options.json else None)
+    console = Console((sys.stderr or io.StringIO()) if options.json else None)
     stop = Stop()
     with stopping_on_signals(stop):
         try:
@@ -3034,10 +3082,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = Report(exit_code=EXIT_CANNOT, error=str(error))
         except Stopped:
             report = Report(exit_code=stopped_exit_code(stop), error="stopped")
-    if report.error:
-        console.print("", f"❌ {report.error[:1].upper()}{report.error[1:]}")
-    if options.json:
-        Console().print(json.dumps(asdict(report), indent=2))
+        if report.error:
+            console.print("", f"❌ {report.error[:1].upper()}{report.error[1:]}")
+        if options.json:
+            Console().print(json.dumps(asdict(report), indent=2))
     return report.exit_code
 
 
