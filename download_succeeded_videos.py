@@ -26,6 +26,7 @@ import argparse
 import base64
 import contextlib
 import errno
+import functools
 import gc
 import hashlib
 import io
@@ -975,7 +976,7 @@ class StallGuard(io.RawIOBase):
         if self._error:
             raise self._error
         view = memoryview(buffer)
-        count = self._raw.readinto(view) or 0
+        count: int = self._sock.recv_into(view)
         if 0 < count < len(view):
             count += self._read_arrived(view[count:])
         if count and self._timeout_s:
@@ -987,10 +988,10 @@ class StallGuard(io.RawIOBase):
         filled = 0
         self._sock.settimeout(0)
         try:
-            while filled < len(view) and (count := self._raw.readinto(view[filled:])):
+            while filled < len(view) and (count := self._sock.recv_into(view[filled:])):
                 filled += count
         except OSError as error:
-            if type(error).__name__ != "SSLWantReadError":  # which is: nothing there yet
+            if type(error).__name__ not in ("BlockingIOError", "SSLWantReadError"):
                 self._error = error
         finally:
             self._sock.settimeout(self._timeout_s)
@@ -1070,10 +1071,23 @@ def make_session(workers: int) -> requests.Session:
     pools = {"http": PlainPool, "https": TLSPool}
     context = make_tls_context()
     session = requests.Session()
+    session.trust_env = False  # no .netrc; `proxies_for` asks for the proxies, once per host
     session.headers["User-Agent"] = f"download_succeeded_videos/{__version__}"
     for scheme in ("http://", "https://"):
         session.mount(scheme, Adapter(pool_connections=workers, pool_maxsize=workers))
     return session
+
+
+@functools.lru_cache
+def proxies_for(origin: str) -> dict[str, str]:
+    """The proxies that the environment names for ``origin``, a link without its path."""
+    from requests.utils import get_environ_proxies
+
+    return dict(get_environ_proxies(origin))
+
+
+def origin_of(link: str) -> str:
+    return "/".join(link.split("/", 3)[:3])
 
 
 def make_tls_context() -> Any:
@@ -1472,7 +1486,11 @@ class Transfer:
         timeout_s = self.place.settings.timeout_s
         with network_errors(timeout_s):
             return self.place.session.get(
-                self._link, headers=headers, timeout=(timeout_s, timeout_s), stream=True
+                self._link,
+                headers=headers,
+                timeout=(timeout_s, timeout_s),
+                stream=True,
+                proxies=proxies_for(origin_of(self._link)),
             )
 
     def _receive(self, response: requests.Response, answer: Answer, part: PartFile) -> None:
@@ -1587,8 +1605,9 @@ def fetch_fresh_link(task_id: str, secret: str, place: Workplace) -> str:
             response = place.session.get(
                 f"{base_url}/v1/tasks/{task_id}",
                 headers={"X-Runway-Version": RUNWAY_VERSION, "Accept": "application/json"},
-                auth=sign,  # as auth, so that no .netrc can take its place
+                auth=sign,
                 timeout=(timeout_s, timeout_s),
+                proxies=proxies_for(origin_of(base_url)),
                 allow_redirects=False,
             )
             body = response.content
