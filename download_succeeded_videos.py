@@ -148,10 +148,15 @@ class TransientError(TaskError):
 
 
 class Stalled(TransientError):
-    """The server sent nothing, or a trickle, for as long as we wait."""
+    """The server sent nothing, or a ``trickle``, for as long as we wait."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, trickle: bool) -> None:
         super().__init__(f"stalled: less than 1 kB/s for {timeout_s:g} s")
+        self.trickle = trickle
+
+
+class Trickle(TimeoutError):
+    """What a socket raises when next to nothing comes out of it."""
 
 
 class LinkRefused(TaskError):
@@ -185,22 +190,27 @@ class Stop:
         self.error: JobError | None = None
 
     def on_signal(self, number: int, _frame: object) -> None:
-        """End the run gently; at the second signal, at once."""
-        if self.event.is_set():
+        """Note the signal; at the second one, end at once.
+
+        Takes no lock, which the interrupted thread may hold: `check` sets the event.
+        """
+        if self.signal_number:
             os._exit(128 + number)
         self.signal_number = number
-        self.event.set()
 
     def fail(self, error: JobError) -> None:
         self.error = self.error or error
         self.event.set()
 
     def check(self) -> None:
+        """Raise `Stopped` if the run is to end; the main thread calls this often."""
+        if self.signal_number:
+            self.event.set()
         if self.event.is_set():
             raise Stopped
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but wake and raise `Stopped` as soon as the run is to end."""
+        """Sleep in a worker, but raise `Stopped` as soon as the run is to end."""
         if self.event.wait(seconds):
             raise Stopped
 
@@ -776,8 +786,8 @@ def parse_content_range(value: str | None) -> tuple[int, int, int] | None:
 def parse_retry_after(value: str | None, now: float) -> float | None:
     """Seconds to wait (section 10.2.3), from a number or a date; ``None`` for nonsense."""
     text = (value or "").strip()
-    if re.fullmatch(r"[0-9]{1,9}", text):
-        return float(text)
+    if re.fullmatch(r"[0-9]+", text):
+        return float(text[:18])
     from email.utils import parsedate_to_datetime
 
     try:
@@ -841,7 +851,8 @@ def read_head(status: int, headers: Mapping[str, str], now: float) -> Answer:
 
 _TRANSIENT_STATUSES = {408, 425, 429}
 _REFUSED_STATUSES = {401, 403, 404, 410}
-_DECODERS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # wbits of zlib; 47: zlib or gzip head
+_GZIP_WBITS = 16 + zlib.MAX_WBITS
+_DECODERS = {"gzip": _GZIP_WBITS, "x-gzip": _GZIP_WBITS, "deflate": zlib.MAX_WBITS}
 _PAGE_TYPES = re.compile(r"text/.*|application/(?:json|xml|xhtml\+xml)|.*\+(?:json|xml)")
 
 
@@ -1009,7 +1020,7 @@ class StallGuard(io.RawIOBase):
         since, before = marks[0]
         slow = self._total - before < STALL_BYTES_PER_SECOND * timeout_s
         if slow and now - since >= timeout_s:
-            raise TimeoutError(errno.ETIMEDOUT, "stalled")
+            raise Trickle
 
 
 def make_session(workers: int) -> requests.Session:
@@ -1121,10 +1132,12 @@ def explain(error: BaseException, timeout_s: float) -> TaskError:
         if isinstance(cause, ssl.SSLCertVerificationError):
             reason = f"the server's certificate is not trusted: {cause.verify_message}"
             return TaskError(reason, "set REQUESTS_CA_BUNDLE to the bundle that holds its CA")
+        if type(cause).__name__ == "CertificateError":  # urllib3 1.26: of another host
+            return TaskError("the server's certificate is for another host", "check the link")
     if isinstance(error, exceptions.ConnectTimeout):
         return TransientError(f"no connection within {timeout_s:g} s")
     if isinstance(error, (exceptions.Timeout, ReadTimeoutError, TimeoutError)):
-        return Stalled(timeout_s)
+        return Stalled(timeout_s, any(isinstance(cause, Trickle) for cause in causes))
     if isinstance(error, exceptions.TooManyRedirects):
         return TaskError("the link redirects without end", "check the link in the results file")
     if isinstance(error, ValueError):
@@ -1379,21 +1392,42 @@ class Decoder:
     """Undoes a Content-Encoding that was not asked for, in bounded memory."""
 
     def __init__(self, encoding: str) -> None:
-        self._decompressor = zlib.decompressobj(_DECODERS[encoding])
+        self._wbits = _DECODERS[encoding]
+        self._decompressor = zlib.decompressobj(self._wbits)
+        self._is_fresh = True
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         try:
             while data:
-                yield self._decompressor.decompress(data, READ_BYTES)
-                data = self._decompressor.unconsumed_tail
+                if self._decompressor.eof:
+                    self._start_next_member()
+                yield self._decompress(data)
+                data = self._decompressor.unconsumed_tail or self._decompressor.unused_data
         except zlib.error:
             raise TransientError("the encoded body is damaged") from None
+
+    def _start_next_member(self) -> None:
+        """A gzip body may be a series of members (RFC 1952, 2.2)."""
+        if self._wbits != _GZIP_WBITS:
+            raise TransientError("the encoded body is damaged")
+        self._decompressor = zlib.decompressobj(self._wbits)
+
+    def _decompress(self, data: bytes) -> bytes:
+        """Some servers send deflate without its zlib head (RFC 9110, 8.4.1.2)."""
+        is_fresh, self._is_fresh = self._is_fresh, False
+        try:
+            return self._decompressor.decompress(data, READ_BYTES)
+        except zlib.error:
+            if not is_fresh or self._wbits == _GZIP_WBITS:
+                raise
+            self._decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
+            return self._decompressor.decompress(data, READ_BYTES)
 
     def finish(self) -> bytes:
         """The rest; raises `TransientError` when the encoded body did not come to its end."""
         rest = self._decompressor.flush()
-        if not self._decompressor.eof or self._decompressor.unused_data:
-            raise TransientError("the encoded body is cut or damaged")
+        if not self._decompressor.eof:
+            raise TransientError("the encoded body is cut")
         return rest
 
 
@@ -1451,12 +1485,11 @@ class Transfer:
         A trickle is no progress, or a server that trickles would keep us for days.
         """
         part = self._part
-        worth = 1
-        if isinstance(error, Stalled):
-            worth = math.ceil(STALL_BYTES_PER_SECOND * self.place.settings.timeout_s)
-        if part and part.size_bytes >= self._most_bytes + worth:
-            self.retries.renew()
-        self._most_bytes = max(self._most_bytes, part.size_bytes if part else 0)
+        is_trickle = isinstance(error, Stalled) and error.trickle
+        if part and part.size_bytes > self._most_bytes:
+            self._most_bytes = part.size_bytes
+            if not is_trickle:
+                self.retries.renew()
         if part and not (part.id.resumable and part.size_bytes):
             self._drop()
 
@@ -1611,6 +1644,9 @@ def fetch_fresh_link(task_id: str, secret: str, place: Workplace) -> str:
                 allow_redirects=False,
             )
             body = response.content
+            length = parse_length(response.headers.get("Content-Length"))
+            if length is not None and response.raw.tell() < length:  # urllib3 1.26 is silent
+                raise TransientError("the connection was cut")
     except TransientError as error:
         raise TransientError(f"Runway API: {error.reason}", error.retry_after_s) from None
     except TaskError as error:
@@ -1780,8 +1816,9 @@ def write_metadata(path: Path, task: Task, metadata: Mapping[str, Any], replaces
     """Write ``metadata`` to ``path``, whole or not at all: synced under a hidden name first."""
     bare_name = PartId.of(task).filename
     temporary = path.with_name(bare_name.removesuffix("part") + "tmp")
+    remove(temporary)  # after a kill it may be a second link to published metadata
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(encode_metadata(metadata))
             file.flush()
             os.fsync(file.fileno())
@@ -2143,14 +2180,14 @@ def run_command(template: Sequence[str], video: Path, stop: Stop) -> tuple[list[
         re.sub(r"\{video\}|\{metadata\}", lambda match: paths[match[0]], word) for word in template
     ]
     name = printable(words[0])
-    with tempfile.TemporaryFile() as output:
-        try:
+    try:
+        with tempfile.TemporaryFile() as output:
             process = Popen(words, stdin=DEVNULL, stdout=output, stderr=STDOUT)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not a usable command"
-            return [f"  ❌ Command failed: {name}: {reason}"], True
-        code = wait_for(process, stop)
-        lines = read_tail(output)
+            code = wait_for(process, stop)
+            lines = read_tail(output)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a usable command"
+        return [f"  ❌ Command failed: {name}: {reason}"], True
     if code:
         return [*lines, f"  ❌ Command failed: {name}: exit code {code}"], True
     return [*lines, f"  🔧 Command done: {name}"], False
@@ -2188,14 +2225,15 @@ class DirectoryLock:
         self._positions = positions
         self._descriptor = -1
 
-    def acquire(self, on_wait: Callable[[], None], wait: Callable[[float], None]) -> None:
+    def acquire(self, on_wait: Callable[[], None], stop: Stop) -> None:
         """Take the lock; calls ``on_wait`` once if it is another run's, then polls for it."""
         told = False
         while not self._try():
             if not told:
                 on_wait()
                 told = True
-            wait(LOCK_POLL_S)
+            time.sleep(LOCK_POLL_S)
+            stop.check()
 
     def _try(self) -> bool:
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -2701,7 +2739,7 @@ class VideoDownloader:
             if not self._lock:
                 lock = DirectoryLock(self.output_dir, self._settings.shard.positions)
                 try:
-                    lock.acquire(self._say_waiting, stop.wait)
+                    lock.acquire(self._say_waiting, stop)
                 except OSError as error:
                     raise self._directory_error(error) from None
                 self._lock = lock
@@ -3102,7 +3140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Stopped:
             report = Report(exit_code=stopped_exit_code(stop), error="stopped")
         if report.error:
-            console.print("", f"❌ {report.error[:1].upper()}{report.error[1:]}")
+            console.print("", f"❌ {report.error}")
         if options.json:
             Console().print(json.dumps(asdict(report), indent=2))
     return report.exit_code
