@@ -1133,7 +1133,8 @@ def explain(error: BaseException, timeout_s: float) -> TaskError:
             reason = f"the server's certificate is not trusted: {cause.verify_message}"
             return TaskError(reason, "set REQUESTS_CA_BUNDLE to the bundle that holds its CA")
         if type(cause).__name__ == "CertificateError":  # urllib3 1.26: of another host
-            return TaskError("the server's certificate is for another host", "check the link")
+            reason = "the server's certificate is not trusted: it is another host's"
+            return TaskError(reason, "check the link in the results file")
     if isinstance(error, exceptions.ConnectTimeout):
         return TransientError(f"no connection within {timeout_s:g} s")
     if isinstance(error, (exceptions.Timeout, ReadTimeoutError, TimeoutError)):
