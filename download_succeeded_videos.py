@@ -634,15 +634,6 @@ class Action(Enum):
     KEEP = "keep"
 
 
-_ACTIONS = {
-    Slot.FREE: Action.DOWNLOAD,
-    Slot.BROKEN: Action.DOWNLOAD,
-    Slot.OURS: Action.DOWNLOAD,
-    Slot.ORPHAN: Action.ADOPT,
-    Slot.DONE: Action.KEEP,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to do for ``task``, under the name ``stub``, where ``slot`` was found."""
@@ -654,7 +645,9 @@ class Plan:
 
     @property
     def action(self) -> Action:
-        return _ACTIONS[self.slot]
+        if self.slot is Slot.DONE:
+            return Action.KEEP
+        return Action.ADOPT if self.slot is Slot.ORPHAN else Action.DOWNLOAD
 
 
 def file_bytes(path: str | Path) -> int | None:
@@ -745,7 +738,7 @@ def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str]) -> Plan:
     task's own finished video wins, then a place its metadata already holds, then a video
     without metadata under a name with its id, then the best name nobody has.
     """
-    best, best_rank = None, len(_ACTIONS)
+    best, best_rank = None, 3
     for number, stub in enumerate(candidate_stubs(task)):
         slot, actual, size = shelf.look(stub, task.key)
         if slot is Slot.DONE:
