@@ -974,37 +974,42 @@ class StallGuard(io.RawIOBase):
         self._error: OSError | None = None
         self._total = 0
         self._marks: deque[tuple[float, int]] = deque()
+        sock.settimeout(0)
 
     def readable(self) -> bool:
         return True
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.settimeout(self._timeout_s)  # for the next request
         self._raw.close()
         super().close()
 
     def readinto(self, buffer: Any) -> int:
-        if self._error:
-            raise self._error
+        from urllib3.util.wait import wait_for_read
+
         view = memoryview(buffer)
-        count: int = self._sock.recv_into(view)
-        if 0 < count < len(view):
-            count += self._read_arrived(view[count:])
+        while (count := self._read_arrived(view)) is None:
+            if not wait_for_read(self._sock, self._timeout_s):
+                raise TimeoutError
         if count and self._timeout_s:
             self._check_rate(count, self._timeout_s)
         return count
 
-    def _read_arrived(self, view: memoryview) -> int:
-        """Read on without waiting: TLS hands out 16 kB at a time."""
+    def _read_arrived(self, view: memoryview) -> int | None:
+        """Read what is there, TLS hands it out in bits of 16 kB; ``None`` if nothing is yet."""
         filled = 0
-        self._sock.settimeout(0)
         try:
+            if self._error:
+                raise self._error
             while filled < len(view) and (count := self._sock.recv_into(view[filled:])):
                 filled += count
         except OSError as error:
-            if type(error).__name__ not in ("BlockingIOError", "SSLWantReadError"):
-                self._error = error
-        finally:
-            self._sock.settimeout(self._timeout_s)
+            if type(error).__name__ in ("BlockingIOError", "SSLWantReadError"):
+                return filled or None
+            if not filled:
+                raise
+            self._error = error
         return filled
 
     def _check_rate(self, count: int, timeout_s: float) -> None:
