@@ -34,6 +34,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import shlex
@@ -88,6 +89,7 @@ LOCK_POLL_S = 0.2
 COMMAND_POLL_S = 0.02
 REDRAW_S = 0.25
 STOP_GRACE_S = 1.0
+SAME_SIGNAL_S = 1.0
 RATE_WINDOW_S = 5.0
 
 LINK_SHOWN_CHARS = 50
@@ -164,6 +166,7 @@ class LinkRefused(TaskError):
 
     def __init__(self, status: int) -> None:
         super().__init__(f"the link was refused (HTTP {status})")
+        self.status = status
 
 
 NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
@@ -187,16 +190,19 @@ class Stop:
     def __init__(self) -> None:
         self.event = threading.Event()
         self.signal_number: int | None = None
+        self._signalled = 0.0
         self.error: JobError | None = None
 
     def on_signal(self, number: int, _frame: object) -> None:
-        """Note the signal; at the second one, end at once.
+        """Note the signal; at a later one, end at once.
 
-        Takes no lock, which the interrupted thread may hold: `check` sets the event.
+        Takes no lock, which the interrupted thread may hold: `check` sets the event. The
+        same moment's second signal is the first: `timeout` and CI runners send two.
         """
-        if self.signal_number:
+        if not self.signal_number:
+            self.signal_number, self._signalled = number, time.monotonic()
+        elif time.monotonic() - self._signalled > SAME_SIGNAL_S:
             os._exit(128 + number)
-        self.signal_number = number
 
     def fail(self, error: JobError) -> None:
         self.error = self.error or error
@@ -208,6 +214,12 @@ class Stop:
             self.event.set()
         if self.event.is_set():
             raise Stopped
+
+    def watch(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """``tasks``, until the run is to end."""
+        for task in tasks:
+            self.check()
+            yield task
 
     def wait(self, seconds: float) -> None:
         """Sleep in a worker, but raise `Stopped` as soon as the run is to end."""
@@ -365,8 +377,8 @@ class Task:
 
     task_id: str
     stub: str
-    link: str
-    key: str
+    link: str = field(repr=False)
+    key: str = field(repr=False)
     row: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -1027,19 +1039,15 @@ class StallGuard(io.RawIOBase):
             raise Trickle
 
 
-def make_session(workers: int) -> requests.Session:
-    """A session for ``workers`` threads: kept-alive connections and one TLS context.
-
-    Left alone, requests loads the CA bundle anew for each connection: 20 ms of CPU each.
-    """
+def make_pool_classes() -> dict[str, Any]:
+    """urllib3's connection pools by scheme, reading through a `StallGuard`."""
     from http.client import HTTPResponse
 
-    import requests
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
     class GuardedResponse(HTTPResponse):
-        """Reads through a `StallGuard`, and does not wait until a read is full."""
+        """Does not wait until a read is full."""
 
         def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(sock, *args, **kwargs)
@@ -1066,6 +1074,20 @@ def make_session(workers: int) -> requests.Session:
     class TLSPool(HTTPSConnectionPool):
         ConnectionCls = TLSConnection
 
+    return {"http": PlainPool, "https": TLSPool}
+
+
+def make_session(workers: int) -> requests.Session:
+    """A session for ``workers`` threads: kept-alive connections and one TLS context.
+
+    Left alone, requests loads the CA bundle anew for each connection: 20 ms of CPU each.
+    """
+    import logging
+
+    import requests
+
+    pools, context = make_pool_classes(), make_tls_context()
+
     class Adapter(requests.adapters.HTTPAdapter):
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
             super().init_poolmanager(*args, ssl_context=context, **kwargs)
@@ -1083,14 +1105,21 @@ def make_session(workers: int) -> requests.Session:
         def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
             """Add nothing: the context holds the bundle and asks for a good certificate."""
 
-    pools = {"http": PlainPool, "https": TLSPool}
-    context = make_tls_context()
+    for name in ("urllib3.connection", "urllib3.connectionpool"):
+        logging.getLogger(name).addFilter(hide_queries)
     session = requests.Session()
     session.trust_env = False  # no .netrc; `proxies_for` asks for the proxies, once per host
     session.headers["User-Agent"] = f"download_succeeded_videos/{__version__}"
     for scheme in ("http://", "https://"):
         session.mount(scheme, Adapter(pool_connections=workers, pool_maxsize=workers))
     return session
+
+
+def hide_queries(record: Any) -> bool:
+    """A log filter: urllib3 logs whole links to a program that listens."""
+    arguments = record.args if isinstance(record.args, tuple) else ()
+    record.args = tuple(link_without_query(a) if isinstance(a, str) else a for a in arguments)
+    return True
 
 
 @functools.lru_cache
@@ -1145,6 +1174,12 @@ def explain(error: BaseException, timeout_s: float) -> TaskError:
         return Stalled(timeout_s, any(isinstance(cause, Trickle) for cause in causes))
     if isinstance(error, exceptions.TooManyRedirects):
         return TaskError("the link redirects without end", "check the link in the results file")
+    if isinstance(error, exceptions.InvalidHeader):
+        return TransientError("the server sent contradictory headers")
+    if isinstance(error, exceptions.InvalidProxyURL) or "for SOCKS support" in str(error):
+        return TaskError("the proxy cannot be used", "check HTTPS_PROXY; socks needs PySocks")
+    if isinstance(error, exceptions.ProxyError):
+        return TransientError("the proxy cannot be reached or refuses")
     if isinstance(error, ValueError):
         return TaskError("the link leads to an unusable address", "check it in the results file")
     for cause in causes:
@@ -1544,11 +1579,11 @@ class Transfer:
         decoder = Decoder(answer.encoding) if answer.encoding in _DECODERS else None
         received = 0
         while data := self._read(response):
+            self.place.stop.check()
             received += len(data)
             for piece in decoder.feed(data) if decoder else (data,):
                 part.write(piece)
             self.place.progress.note(self.task.key, part.size_bytes, answer.total, len(data))
-            self.place.stop.check()
         if answer.length is not None and received < answer.length:
             raise TransientError("the connection was cut")
         if decoder:
@@ -1618,7 +1653,7 @@ def refusal(link: str, error: LinkRefused, expiry: float | None, now: float) -> 
     if expiry is None:
         return error.reason
     if expiry <= now:
-        return f"the link expired on {shown_time(expiry)}, {error.reason.split('link ')[1]}"
+        return f"the link expired on {shown_time(expiry)} (HTTP {error.status})"
     return f"{error.reason}, though it is valid until {shown_time(expiry)}"
 
 
@@ -1944,16 +1979,11 @@ def storage_lines(directory: Path, videos: Mapping[str, int]) -> list[str]:
     """The videos in ``directory``, by name and bytes, and what they take together."""
     if not videos:
         return []
-    listed = [
-        f"  • {printable(name)} ({megabytes(videos[name])})"
-        for name in sorted(videos)[:VIDEOS_SHOWN]
-    ]
-    if len(videos) > VIDEOS_SHOWN:
-        listed.append(f"  … and {len(videos) - VIDEOS_SHOWN:,} more")
+    listed = [f"  • {printable(name)} ({megabytes(videos[name])})" for name in sorted(videos)]
     return [
         "",
         f"📁 Videos in {printable(str(directory))}:",
-        *listed,
+        *shortened(listed, VIDEOS_SHOWN, "  … and {} more"),
         "",
         f"💾 Total storage used: {megabytes(sum(videos.values()))}",
     ]
@@ -2016,16 +2046,15 @@ class Console:
             try:
                 encoding = getattr(out, "encoding", None) or "utf-8"
                 out.write(text.encode(encoding, "replace").decode(encoding))
-                out.flush()
+                getattr(out, "flush", bool)()
             except (OSError, ValueError):
                 self._mute = True
-                silence(out)
 
     @property
     def has_live_line(self) -> bool:
         try:
-            return sys.stderr is not None and sys.stderr.isatty()
-        except ValueError:
+            return sys.stderr.isatty()
+        except (AttributeError, ValueError):  # none, closed, or a caller's stand-in
             return False
 
     def draw(self, live: str) -> None:
@@ -2046,14 +2075,6 @@ class Console:
             encoding = sys.stderr.encoding or "utf-8"
             sys.stderr.write(text.encode(encoding, "replace").decode(encoding))
             sys.stderr.flush()
-
-
-def silence(stream: TextIO) -> None:
-    """Let what ``stream`` still holds go nowhere, so that the exit does not fail on it."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 def terminal_columns() -> int:
@@ -2142,22 +2163,22 @@ def read_tasks(
     paths: Sequence[Path], shard: Shard, console: Console, stop: Stop
 ) -> tuple[list[Task], int]:
     """The tasks of results files, latest first, each once; and how many files failed."""
-    failed: list[Path] = []
-    tasks = merge_tasks(_read_batches(paths, failed, console, stop))
+    unreadable: list[Path] = []
+    tasks = merge_tasks(_read_batches(paths, unreadable, console, stop))
     if len(paths) > 1:
         left_out = len(paths) - FILES_SHOWN
         more = [f"  … and {left_out:,} more files"] if left_out > 0 else []
         console.print("", *more, f"  ✅ Found {len(tasks):,} different SUCCEEDED tasks in all")
     if shard.count == 1:
-        return tasks, len(failed)
+        return tasks, len(unreadable)
     part = [task for task in tasks if shard.holds(task.stub)]
     count = f"{len(part):,} of {len(tasks):,} tasks"
     console.print(f"  🧩 Shard {shard.number}/{shard.count}: {count}")
-    return part, len(failed)
+    return part, len(unreadable)
 
 
 def _read_batches(
-    paths: Sequence[Path], failed: list[Path], console: Console, stop: Stop
+    paths: Sequence[Path], unreadable: list[Path], console: Console, stop: Stop
 ) -> Iterator[list[Task]]:
     """The tasks of one file after the other; what is heard of a long list is the faults."""
     for number, path in enumerate(paths):
@@ -2167,7 +2188,7 @@ def _read_batches(
             batch = read_rows(read_results(path))
         except ResultsFileError as error:
             console.print(*heading, f"  ❌ {error}")
-            failed.append(path)
+            unreadable.append(path)
             continue
         if number < FILES_SHOWN or batch.problems:
             problems = [f"  ⚠️ {problem}" for problem in batch.problems]
@@ -2208,9 +2229,14 @@ def run_command(template: Sequence[str], video: Path, stop: Stop) -> tuple[list[
 
 def wait_for(process: Popen[bytes], stop: Stop) -> int:
     """The exit code of ``process``, which is ended when the run is."""
+    from subprocess import TimeoutExpired
+
     while (code := process.poll()) is None:
         if stop.event.wait(COMMAND_POLL_S):
             process.terminate()
+            with contextlib.suppress(TimeoutExpired):
+                return process.wait(STOP_GRACE_S / 2)
+            process.kill()
             return process.wait()
     return code
 
@@ -2297,6 +2323,9 @@ def lock_range(descriptor: int, positions: range) -> bool:
     return True
 
 
+# --- Reporting what the workers did -----------------------------------------------------------
+
+
 def empty_stats() -> dict[str, int]:
     names = ("total_succeeded", "downloaded", "failed_downloads", "already_exists")
     return dict.fromkeys(names, 0)
@@ -2351,7 +2380,9 @@ class Reporter:
         if isinstance(error, Stopped):
             return
         if error:
-            line = error.__traceback__.tb_lineno if error.__traceback__ else 0
+            import traceback
+
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
             reason, hint = f"unexpected {type(error).__name__} (line {line})", "please report it"
             self._report(failed(plan, self._directory, TaskError(reason, hint)))
         else:
@@ -2387,14 +2418,12 @@ class Crew:
     """
 
     def __init__(self, workers: int) -> None:
-        import queue
-        from concurrent.futures import Future, ThreadPoolExecutor
+        from concurrent.futures import ThreadPoolExecutor
 
         self._workers = ThreadPoolExecutor(workers, "download")
         self._committer = ThreadPoolExecutor(1, "commit")
         self._plans: dict[Future[Any], Plan] = {}
         self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
-        self._future_type, self._empty = Future, queue.Empty
 
     @property
     def busy(self) -> int:
@@ -2419,10 +2448,10 @@ class Crew:
         while self._plans:
             try:
                 future = self._done.get(timeout=max(0.0, deadline - time.monotonic()))
-            except self._empty:
+            except queue.Empty:
                 return
             plan = self._plans.pop(future)
-            if not future.exception() and isinstance(future.result(), self._future_type):
+            if not future.exception() and not isinstance(future.result(), Outcome):
                 self._follow(plan, future.result())
                 continue
             yield plan, future
@@ -2508,16 +2537,9 @@ class VideoDownloader:
             self._console.print(f"  ❌ {error}")
             return {}
 
-    def get_succeeded_tasks(self, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def get_succeeded_tasks(self, results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The raw rows, in order, that SUCCEEDED and have a usable ``video_url``."""
-        rows = results.get("task_results") if isinstance(results, Mapping) else None
-        return [
-            row
-            for row in (rows if isinstance(rows, list) else ())
-            if isinstance(row, dict)
-            and row.get("final_status") == "SUCCEEDED"
-            and usable_link(row.get("video_url"))
-        ]
+        return [task.row for task in read_rows(as_row(results)).tasks if task.link]
 
     def generate_filename_stub(self, task: Mapping[str, Any]) -> str:
         """The name that row ``task`` asks for, made safe, without suffix."""
@@ -2566,12 +2588,14 @@ class VideoDownloader:
     # The run
 
     def _run_safely(self, tasks: Sequence[Task], *, complete: bool = True) -> int:
-        reported = len(self.outcomes)
         try:
             return self.run(tasks, complete=complete)
         except JobError as error:
             self._console.print(f"❌ {error}")
-            self.stats["failed_downloads"] += reported + len(tasks) - len(self.outcomes)
+            with self._mutex:
+                reported = {id(outcome.task) for outcome in self.outcomes}
+                unreported = sum(id(task) not in reported for task in tasks)
+                self.stats["failed_downloads"] += unreported
             return 0
 
     def run(self, tasks: Sequence[Task], *, complete: bool = True) -> int:
@@ -2625,6 +2649,7 @@ class VideoDownloader:
         with self._mutex:
             self.stats[_COUNTED_AS[outcome.status]] += 1
             self.outcomes.append(outcome)
+            self._busy.discard(outcome.task.key)  # the callback may try it again
         self._on_outcome(outcome)
 
     def _claim(self, tasks: Sequence[Task], stop: Stop) -> tuple[Shelf, list[Plan]]:
@@ -2635,7 +2660,7 @@ class VideoDownloader:
                 stop.check()
                 self._mutex.wait(LOCK_POLL_S)
             self._shelf = shelf = Shelf(self.output_dir)
-            plans = plan_all(tasks, shelf, self._claims)
+            plans = plan_all(stop.watch(tasks), shelf, self._claims)
             self._busy |= {plan.task.key for plan in plans if plan.action is not Action.KEEP}
         return shelf, plans
 
@@ -2643,6 +2668,7 @@ class VideoDownloader:
         with self._mutex:
             keys = {plan.task.key for plan in plans}
             self._busy -= keys
+            keys.add("")  # what `_move` has set aside
             self._claims = {stub: key for stub, key in self._claims.items() if key not in keys}
             self._mutex.notify_all()
 
@@ -2673,17 +2699,19 @@ class VideoDownloader:
                     report.finished(*finished)
                 report.draw(meter)
         finally:
-            if crew.busy:
-                stop.event.set()
-                for finished in crew.finished(STOP_GRACE_S, all_of_them=True):
-                    report.finished(*finished)
-            crew.dismiss()
-            self._console.draw("")
-            report.say_hidden()
+            try:
+                if crew.busy:
+                    stop.event.set()
+                    for finished in crew.finished(STOP_GRACE_S, all_of_them=True):
+                        report.finished(*finished)
+            finally:
+                crew.dismiss()
+                self._console.draw("")
+                report.say_hidden()
         stop.check()
 
     def _execute(self, plan: Plan, place: Workplace, crew: Crew) -> Outcome | Future[Outcome]:
-        """Do what ``plan`` says, in a worker thread; raises only `Stopped`."""
+        """Do what ``plan`` says, in a worker thread. Raises `Stopped`."""
         try:
             place.stop.check()
             if plan.action is Action.ADOPT:
@@ -2791,7 +2819,11 @@ class VideoDownloader:
     def _shared_session(self) -> requests.Session:
         with self._mutex:
             if not self._session:
-                self._session = make_session(self._settings.workers)
+                try:
+                    self._session = make_session(self._settings.workers)
+                except ImportError as error:
+                    name = error.name or "requests"
+                    raise JobError(f"the package {name} is missing: pip install {name}") from None
             return self._session
 
     def _directory_error(self, error: OSError | ValueError) -> JobError:
@@ -2855,9 +2887,9 @@ class Report:
     error: str | None = None
 
 
-def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> Report:
+def dry_run(tasks: Sequence[Task], directory: Path, console: Console, stop: Stop) -> Report:
     """List what a run would do, soonest to expire first; no request, nothing written."""
-    plans = plan_all(tasks, Shelf(directory), {})
+    plans = plan_all(stop.watch(tasks), Shelf(directory), {})
     todo = sorted((plan for plan in plans if plan.action is not Action.KEEP), key=urgency)
     videos = [dry_run_entry(plan, directory) for plan in plans]
     failed = sum(video["status"] == "failed" for video in videos)
@@ -2929,7 +2961,7 @@ def verify(
         executor.shutdown(wait=False, cancel_futures=True)
     stop.check()
     there = {check.key for check in checks}
-    for plan in plan_all(tasks, Shelf(directory), {}):
+    for plan in plan_all(stop.watch(tasks), Shelf(directory), {}):
         if plan.task.key not in there:
             path = directory / f"{plan.stub}.mp4"
             problem = f"has not been downloaded (task {plan.task.shown_id})"
@@ -3043,7 +3075,7 @@ def parse_shard(text: str) -> Shard:
 
 def parse_command(text: str) -> tuple[str, ...]:
     try:
-        words = tuple(shlex.split(text))
+        words = tuple(shlex.split(text.replace("\\", "\\\\") if os.name == "nt" else text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
     if not words or not words[0]:
@@ -3171,7 +3203,7 @@ def do(options: argparse.Namespace, console: Console, stop: Stop) -> Report:
     if options.verify:
         report = verify(options.output_dir, tasks, settings, console, stop)
     elif options.dry_run:
-        report = dry_run(tasks, options.output_dir, console)
+        report = dry_run(tasks, options.output_dir, console, stop)
     else:
         report = download(tasks, options.output_dir, settings, console, stop, options.json)
     if failed_files and report.exit_code == EXIT_OK:
@@ -3217,10 +3249,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def leave(exit_code: int) -> NoReturn:
     """Exit without waiting for threads that still wait for a server."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # its reader has gone: let the rest of it go nowhere
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
     if threading.active_count() > 1:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
         os._exit(exit_code)
     raise SystemExit(exit_code)
 
