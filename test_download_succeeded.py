@@ -1801,6 +1801,82 @@ def test_on_outcome_is_called_once_per_task_in_the_calling_thread(tmp_path: Path
     assert outcomes[make_task_id(4)].path is None
 
 
+def test_a_callback_that_raises_leaves_no_thread_behind(tmp_path: Path, cdn: Cdn) -> None:
+    rows = [make_row(i, video_url=cdn.add(f"{i}.mp4", make_mp4(i, SMALL))) for i in range(20)]
+
+    def refuse(_outcome: dsv.Outcome) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        make_downloader(tmp_path, on_outcome=refuse).process_polling_results_file(
+            write_results(tmp_path, rows)
+        )
+    ours = ("download", "commit")
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith(ours)])
+    assert list(tmp_path.glob("*.mp4"))
+
+
+def test_a_callback_may_try_its_failed_task_again(tmp_path: Path, cdn: Cdn) -> None:
+    row = make_row(video_url=cdn.add("0.mp4", make_mp4(0, SMALL), Reply(status=404), Reply()))
+    again: list[bool] = []
+
+    def retry(outcome: dsv.Outcome) -> None:
+        if outcome.status is dsv.Status.FAILED:
+            again.append(downloader.process_succeeded_task(row))
+
+    downloader = make_downloader(tmp_path, on_outcome=retry)
+    assert downloader.process_succeeded_task(row) is False
+    assert again == [True]
+
+
+def test_neither_repr_nor_the_libraries_logs_show_a_query(
+    tmp_path: Path, cdn: Cdn, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = cdn.add("0.mp4", make_mp4(0, SMALL), Reply(headers={"X-Odd": "1\r\nno colon"}))
+    seen: list[dsv.Outcome] = []
+    with caplog.at_level("DEBUG"):
+        downloader = make_downloader(tmp_path, on_outcome=seen.append)
+        assert downloader.process_succeeded_task(make_row(video_url=link))
+    assert "0.mp4" in caplog.text
+    assert "secret" not in caplog.text + repr(seen)
+
+
+def test_a_callers_stand_in_for_the_console_is_enough(
+    tmp_path: Path, cdn: Cdn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tee:
+        def __init__(self) -> None:
+            self.text = ""
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+    out = Tee()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", Tee())
+    link = cdn.add("0.mp4", make_mp4(0, SMALL))
+    assert make_downloader(tmp_path).process_succeeded_task(make_row(video_url=link))
+    assert "✅ Downloaded: 0.00 MB" in out.text
+
+
+def test_a_run_that_is_stopped_ends_while_it_still_plans() -> None:
+    stop = dsv.Stop()
+    seen = iter(stop.watch([make_task(0), make_task(1)]))
+    assert next(seen).task_id == make_task_id(0)
+    stop.on_signal(signal.SIGTERM, None)
+    with pytest.raises(dsv.Stopped):
+        next(seen)
+
+
+def test_a_doubled_signal_is_one() -> None:
+    """``timeout`` and CI runners signal the process, then its group."""
+    stop = dsv.Stop()
+    stop.on_signal(signal.SIGTERM, None)
+    stop.on_signal(signal.SIGTERM, None)
+    with pytest.raises(dsv.Stopped):
+        stop.check()
+
+
 def in_threads(action: Callable[[Any], object], items: Sequence[Any]) -> list[object]:
     """The results of ``action`` on all ``items``, each in a thread, all begun together."""
     results: list[object] = [None] * len(items)
@@ -3756,6 +3832,15 @@ def test_script_copied_on_its_own_does_the_job(tmp_path: Path, cdn: Cdn) -> None
     assert_whole(tmp_path / "video_outputs", "picture_0", make_task_id(0), make_mp4(0))
     assert names_in(tmp_path) == {"get.py", LATEST, "video_outputs"}
     assert names_in(tmp_path / "video_outputs") == {"picture_0.mp4", "picture_0.json"}
+
+
+def test_without_requests_one_line_says_what_to_install(tmp_path: Path) -> None:
+    write_results(tmp_path, [make_row()])
+    command = [sys.executable, "-S", str(SCRIPT)]  # -S: no site-packages
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert result.returncode == 1
+    assert b"the package requests is missing: pip install requests" in result.stdout
+    assert b"Traceback" not in result.stdout + result.stderr
 
 
 def test_top_level_holds_only_the_five_entries() -> None:
