@@ -179,7 +179,8 @@ def disk_errors(action: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_SPACE_ERRNOS:
-            raise JobError(f"no space left on the disk, could not {action}") from None
+            message = f"no space left on the disk, could not {action}: make room, then run again"
+            raise JobError(message) from None
         reason = f"could not {action}: {error.strerror or type(error).__name__}"
         raise TaskError(reason, "check the output directory, then run again") from None
 
@@ -191,6 +192,7 @@ class Stop:
         self.event = threading.Event()
         self.signal_number: int | None = None
         self._signalled = 0.0
+        self._interrupts = False
         self.error: JobError | None = None
 
     def on_signal(self, number: int, _frame: object) -> None:
@@ -203,6 +205,8 @@ class Stop:
             self.signal_number, self._signalled = number, time.monotonic()
         elif time.monotonic() - self._signalled > SAME_SIGNAL_S:
             os._exit(128 + number)
+        if self._interrupts:
+            raise Stopped
 
     def fail(self, error: JobError) -> None:
         self.error = self.error or error
@@ -214,6 +218,16 @@ class Stop:
             self.event.set()
         if self.event.is_set():
             raise Stopped
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let a signal break off what this thread waits for: a pipe that nobody writes to."""
+        self._interrupts = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._interrupts = False
 
     def watch(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """``tasks``, until the run is to end."""
@@ -883,7 +897,7 @@ def check_content(answer: Answer) -> None:
     """Refuse a body that cannot be the video, before a byte of it is read."""
     if _PAGE_TYPES.fullmatch(answer.media_type):
         kind = printable(answer.media_type)
-        raise TaskError(f"the server sent an error page ({kind})", "open the link to read it")
+        raise TaskError(f"the server sent an error page ({kind})", "open it from the results file")
     if answer.length == 0:
         raise TaskError("the server sent an empty body", "check the task in Runway")
 
@@ -1185,6 +1199,8 @@ def explain(error: BaseException, timeout_s: float) -> TaskError:
     for cause in causes:
         if type(cause).__name__ in ("gaierror", "NameResolutionError"):
             return TransientError("the host name cannot be resolved")
+        if isinstance(cause, ssl.SSLError):
+            return TransientError(f"TLS failed ({cause.reason or 'no reason given'})")
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno and cause.strerror:
             return TransientError(f"the connection failed: {cause.strerror}")
@@ -1607,7 +1623,7 @@ class Transfer:
         content = part.content()
         if content is Content.ERROR_PAGE:
             self._drop()
-            raise TaskError("the server sent an error page", "open the link to read it")
+            raise TaskError("the server sent an error page", "open it from the results file")
         if content is Content.CUT_MP4:
             error = TransientError("the video is an MP4 cut short")
             self._note_progress(error)
@@ -1627,14 +1643,17 @@ class Transfer:
             hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh link"
             raise TaskError(reason, hint) from None
         self.refreshed = True
+        try:
+            self._link = self._ask_for_link(secret)
+        except TaskError as api_error:
+            raise TaskError(f"{reason}; {api_error.reason}", api_error.hint) from None
+
+    def _ask_for_link(self, secret: str) -> str:
         while True:
             try:
-                self._link = fetch_fresh_link(self.task.task_id, secret, self.place)
-                return
-            except TransientError as api_error:
-                self.retries.back_off(api_error)
-            except TaskError as api_error:
-                raise TaskError(f"{reason}; {api_error.reason}", api_error.hint) from None
+                return fetch_fresh_link(self.task.task_id, secret, self.place)
+            except TransientError as error:
+                self.retries.back_off(error)
 
     def _drop(self) -> None:
         if self._part:
@@ -1896,7 +1915,8 @@ class Outcome:
     reason: str = ""
     hint: str = ""
     notes: tuple[str, ...] = ()
-    command_failed: bool = False
+    history: tuple[str, ...] = ()
+    command_error: str = ""
 
     @property
     def task_id(self) -> str:
@@ -1913,7 +1933,7 @@ class Outcome:
         return " — ".join(filter(None, (self.reason, self.hint)))
 
 
-def failed(plan: Plan, directory: Path, error: TaskError, notes: Sequence[str] = ()) -> Outcome:
+def failed(plan: Plan, directory: Path, error: TaskError, history: Sequence[str] = ()) -> Outcome:
     return Outcome(
         plan.task,
         Status.FAILED,
@@ -1921,7 +1941,7 @@ def failed(plan: Plan, directory: Path, error: TaskError, notes: Sequence[str] =
         plan.stub,
         reason=error.reason,
         hint=error.hint,
-        notes=tuple(notes),
+        history=tuple(history),
     )
 
 
@@ -1936,8 +1956,9 @@ def outcome_lines(outcome: Outcome, number: str) -> list[str]:
     lines.append(f"  🎬 Downloading: {name}")
     if task.link:
         lines.append(f"  📥 Streaming download from: {shown_link(task.link)}")
+    lines += outcome.history
     if outcome.status is Status.FAILED:
-        return [*lines, *outcome.notes, f"  ❌ Failed: {outcome.error}"]
+        return [*lines, f"  ❌ Failed: {outcome.error}"]
     size = megabytes(outcome.size_bytes or 0)
     lines += [f"  📊 File size: {size}", f"  ✅ Downloaded: {size}"]
     return [*lines, f"  📄 Metadata saved: {stub}.json", *outcome.notes]
@@ -1965,9 +1986,9 @@ def statistics_lines(stats: Mapping[str, int], outcomes: Iterable[Outcome]) -> l
         lines.append(f"📈 Success rate: {100 * on_disk / total:.1f}%")
     failures = [failure_line(each) for each in outcomes if each.status is Status.FAILED]
     commands = [
-        f"  • {printable(each.stub)}.mp4: the --exec command failed"
+        f"  • {printable(each.stub)}.mp4: {each.command_error} — run it by hand, a rerun does not"
         for each in outcomes
-        if each.command_failed
+        if each.command_error
     ]
     for title, listed in (("Failed:", failures), ("Saved, but not handed on:", commands)):
         if listed:
@@ -2007,18 +2028,16 @@ def others_line(others: Mapping[str, int]) -> list[str]:
     return [f"  ℹ️ Not downloaded: {counts}"] if counts else []
 
 
-def transfer_notes(transfer: Transfer) -> list[str]:
-    """What a person should know of how ``transfer`` went, beside its outcome."""
-    notes = []
+def transfer_history(transfer: Transfer) -> list[str]:
+    """What happened on the way that a person should know."""
+    history = []
     if transfer.refreshed:
-        notes.append("  🔑 Asked the Runway API for a fresh link")
+        history.append("  🔑 Asked the Runway API for a fresh link")
     if transfer.retries.reasons:
         reasons = "; ".join(dict.fromkeys(transfer.retries.reasons))
         count = len(transfer.retries.reasons)
-        notes.append(f"  🔁 Retried {'once' if count == 1 else f'{count} times'}: {reasons}")
-    if transfer.warning:
-        notes.append(f"  ⚠️ {transfer.warning}")
-    return notes
+        history.append(f"  🔁 Retried {'once' if count == 1 else f'{count} times'}: {reasons}")
+    return history
 
 
 # --- The console: the one place that prints ---------------------------------------------------
@@ -2036,12 +2055,13 @@ class Console:
         self._live = ""
         self._mute = False
 
-    def print(self, *lines: str) -> None:
+    def print(self, *lines: str) -> bool:
+        """Whether ``lines`` could be printed."""
         with self._lock:
             self._clear()
             out = self._out or sys.stdout
             if out is None or self._mute or not lines:
-                return
+                return not lines
             text = "\n".join(lines) + "\n"
             try:
                 encoding = getattr(out, "encoding", None) or "utf-8"
@@ -2049,6 +2069,7 @@ class Console:
                 getattr(out, "flush", bool)()
             except (OSError, ValueError):
                 self._mute = True
+            return not self._mute
 
     @property
     def has_live_line(self) -> bool:
@@ -2161,36 +2182,49 @@ class Meter:
 
 def read_tasks(
     paths: Sequence[Path], shard: Shard, console: Console, stop: Stop
-) -> tuple[list[Task], int]:
-    """The tasks of results files, latest first, each once; and how many files failed."""
-    unreadable: list[Path] = []
-    tasks = merge_tasks(_read_batches(paths, unreadable, console, stop))
+) -> tuple[list[Task], list[str]]:
+    """The tasks of results files, latest first, each once; and what kept files from use."""
+    errors: list[str] = []
+    batches = _read_batches(paths, errors, console, stop)
+    if len(paths) == 1:
+        rows = next(batches, [])
+        tasks = merge_tasks([rows])
+        if len(tasks) < len(rows):
+            console.print(f"  ℹ️ {len(rows) - len(tasks):,} rows repeat a task: counted once")
+    else:
+        tasks = merge_tasks(batches)
     if len(paths) > 1:
-        left_out = len(paths) - FILES_SHOWN
-        more = [f"  … and {left_out:,} more files"] if left_out > 0 else []
-        console.print("", *more, f"  ✅ Found {len(tasks):,} different SUCCEEDED tasks in all")
-    if shard.count == 1:
-        return tasks, len(unreadable)
+        console.print("", f"  ✅ Found {len(tasks):,} different SUCCEEDED tasks in all")
+    if shard.count == 1 or not paths:
+        return tasks, errors
     part = [task for task in tasks if shard.holds(task.stub)]
     count = f"{len(part):,} of {len(tasks):,} tasks"
     console.print(f"  🧩 Shard {shard.number}/{shard.count}: {count}")
-    return part, len(unreadable)
+    return part, errors
 
 
 def _read_batches(
-    paths: Sequence[Path], unreadable: list[Path], console: Console, stop: Stop
+    paths: Sequence[Path], errors: list[str], console: Console, stop: Stop
 ) -> Iterator[list[Task]]:
     """The tasks of one file after the other; what is heard of a long list is the faults."""
+    silent = 0
     for number, path in enumerate(paths):
         stop.check()
-        heading = ("", f"📋 Processing: {printable(path.name)}")
+        heading = ["", f"📋 Processing: {printable(path.name)}"]
+        if number < FILES_SHOWN:
+            console.print(*heading)
+            heading = []
         try:
-            batch = read_rows(read_results(path))
+            with stop.interrupting():
+                results = read_results(path)
         except ResultsFileError as error:
             console.print(*heading, f"  ❌ {error}")
-            unreadable.append(path)
+            errors.append(str(error))
             continue
-        if number < FILES_SHOWN or batch.problems:
+        batch = read_rows(results)
+        if number >= FILES_SHOWN and not batch.problems:
+            silent += 1
+        else:
             problems = [f"  ⚠️ {problem}" for problem in batch.problems]
             console.print(
                 *heading,
@@ -2199,13 +2233,15 @@ def _read_batches(
                 *shortened(problems, PROBLEMS_SHOWN, "  … and {} more such rows"),
             )
         yield batch.tasks
+    if silent:
+        console.print("", f"  … and {silent:,} more files")
 
 
 # --- The command that takes each new video over -----------------------------------------------
 
 
-def run_command(template: Sequence[str], video: Path, stop: Stop) -> tuple[list[str], bool]:
-    """Run ``template`` for ``video``, without a shell; the lines to show, and if it failed."""
+def run_command(template: Sequence[str], video: Path, stop: Stop) -> tuple[list[str], str]:
+    """Run ``template`` for ``video``, without a shell; the lines to show, and why it failed."""
     import tempfile
     from subprocess import DEVNULL, STDOUT, Popen
 
@@ -2220,11 +2256,12 @@ def run_command(template: Sequence[str], video: Path, stop: Stop) -> tuple[list[
             code = wait_for(process, stop)
             lines = read_tail(output)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a usable command"
-        return [f"  ❌ Command failed: {name}: {reason}"], True
+        reason = f"{name}: {getattr(error, 'strerror', None) or 'not a usable command'}"
+        return [f"  ❌ Command failed: {reason}"], reason
     if code:
-        return [*lines, f"  ❌ Command failed: {name}: exit code {code}"], True
-    return [*lines, f"  🔧 Command done: {name}"], False
+        reason = f"{name}: exit code {code}"
+        return [*lines, f"  ❌ Command failed: {reason}"], reason
+    return [*lines, f"  🔧 Command done: {name}"], ""
 
 
 def wait_for(process: Popen[bytes], stop: Stop) -> int:
@@ -2720,7 +2757,7 @@ class VideoDownloader:
             try:
                 part = transfer.run()
             except TaskError as error:
-                return failed(plan, self.output_dir, error, transfer_notes(transfer))
+                return failed(plan, self.output_dir, error, transfer_history(transfer))
             committed = crew.commit(self._commit, plan, part, transfer)
             if not place.settings.command:
                 return committed
@@ -2750,11 +2787,11 @@ class VideoDownloader:
                 plan = self._move(plan)
         except TaskError as error:
             part.close()
-            return failed(plan, self.output_dir, error, transfer_notes(transfer))
+            return failed(plan, self.output_dir, error, transfer_history(transfer))
         except JobError as error:
             stop.fail(error)
             raise Stopped from None
-        notes = transfer_notes(transfer)
+        notes = [f"  ⚠️ {transfer.warning}"] if transfer.warning else []
         if plan.stub != plan.task.stub:
             wanted = printable(plan.task.stub)
             notes.insert(0, f"  ℹ️ Saved under this name: {wanted}.mp4 is another task's")
@@ -2765,14 +2802,15 @@ class VideoDownloader:
             plan.stub,
             part.size_bytes,
             notes=tuple(notes),
+            history=tuple(transfer_history(transfer)),
         )
 
     def _hand_over(self, outcome: Outcome, place: Workplace) -> Outcome:
         """Run the user's command for a video that has just been saved."""
         if not outcome.path:
             return outcome
-        lines, has_failed = run_command(place.settings.command, outcome.path, place.stop)
-        return replace(outcome, notes=(*outcome.notes, *lines), command_failed=has_failed)
+        lines, error = run_command(place.settings.command, outcome.path, place.stop)
+        return replace(outcome, notes=(*outcome.notes, *lines), command_error=error)
 
     def _put_in_place(self, plan: Plan, part: PartFile) -> bool:
         """Publish metadata and video; False if somebody has taken the name meanwhile.
@@ -2914,7 +2952,9 @@ def dry_run_line(plan: Plan, now: float) -> str:
     expiry = link_expiry(plan.task.link)
     if expiry is None:
         return f"  📥 {name}: the link does not say when it expires"
-    return f"  📥 {name}: link {'expired' if expiry <= now else 'expires'} {shown_time(expiry)}"
+    if expiry <= now:
+        return f"  ⚠️ {name}: link expired {shown_time(expiry)}"
+    return f"  📥 {name}: link expires {shown_time(expiry)}"
 
 
 def dry_run_entry(plan: Plan, directory: Path) -> dict[str, Any]:
@@ -2964,7 +3004,7 @@ def verify(
     for plan in plan_all(stop.watch(tasks), Shelf(directory), {}):
         if plan.task.key not in there:
             path = directory / f"{plan.stub}.mp4"
-            problem = f"has not been downloaded (task {plan.task.shown_id})"
+            problem = f"has not been downloaded (task {plan.task.shown_id}) — run again"
             checks.append(Check(plan.task.task_id, plan.task.key, path, None, problem))
     problems = [check for check in checks if check.problem]
     for check in problems:
@@ -2998,7 +3038,9 @@ def verify_video(path: Path, shard: Shard, stop: Stop) -> Check | None:
     )
     size_bytes = file_bytes(video)
     if size_bytes is None:
-        return replace(check, problem="is no file" if os.path.lexists(video) else "is missing")
+        if os.path.lexists(video):
+            return replace(check, problem="is no file — move it away and run again")
+        return replace(check, problem="is missing — run again to download it")
     try:
         with open(video, "rb") as file:
             content = inspect(file, size_bytes)
@@ -3011,6 +3053,8 @@ def verify_video(path: Path, shard: Shard, stop: Stop) -> Check | None:
         return replace(check, problem=f"cannot be read: {error.strerror}")
     except TaskError as error:
         return replace(check, problem=error.reason)
+    if problem:
+        problem += " — if you did not edit it, delete it and run again"
     return replace(check, size_bytes=size_bytes, problem=problem)
 
 
@@ -3065,6 +3109,12 @@ def bounded(kind: type, low: float, high: float) -> Callable[[str], Any]:
     return parse
 
 
+def parse_path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
 def parse_shard(text: str) -> Shard:
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     shard = Shard(int(match[1]), int(match[2])) if match else Shard(0, 0)
@@ -3094,7 +3144,7 @@ def build_parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--polling-results-file",
-        type=Path,
+        type=parse_path,
         metavar="FILE",
         help="read this results file (default: the latest runway_polling_results_*.json)",
     )
@@ -3164,14 +3214,14 @@ def download(
     except JobError as job_error:
         exit_code, error = EXIT_CANNOT, str(job_error)
     except Stopped:
-        exit_code, error = stopped_exit_code(stop), "stopped"
+        exit_code, error = stopped_exit_code(stop), "stopped, run again to go on"
     outcomes = downloader.outcomes
-    if not error and any(each.status is Status.FAILED or each.command_failed for each in outcomes):
+    if not error and any(each.status is Status.FAILED or each.command_error for each in outcomes):
         exit_code = EXIT_INCOMPLETE
-    downloader.print_final_stats()
-    unfinished = len(tasks) - len(outcomes)
-    if unfinished:
-        error += f": {unfinished:,} videos still to do, run again to go on"
+    if outcomes or exit_code != EXIT_CANNOT:
+        downloader.print_final_stats()
+    if error and len(tasks) > len(outcomes):
+        error += f" ({len(tasks) - len(outcomes):,} videos still to do)"
     videos = [outcome_entry(outcome) for outcome in outcomes] if listed else []
     return Report(downloader.stats, videos, exit_code, error or None)
 
@@ -3181,7 +3231,7 @@ def stopped_exit_code(stop: Stop) -> int:
 
 
 def outcome_entry(outcome: Outcome) -> dict[str, Any]:
-    error = "the --exec command failed" if outcome.command_failed else outcome.error
+    error = outcome.error or (outcome.command_error and f"--exec failed: {outcome.command_error}")
     return {
         "task_id": outcome.task_id,
         "status": outcome.status.value,
@@ -3197,8 +3247,8 @@ def do(options: argparse.Namespace, console: Console, stop: Stop) -> Report:
         options.workers, options.timeout, options.retries, options.shard, options.command
     )
     paths = choose_results_files(options, console)
-    tasks, failed_files = read_tasks(paths, settings.shard, console, stop)
-    if paths and failed_files == len(paths):
+    tasks, errors = read_tasks(paths, settings.shard, console, stop)
+    if paths and len(errors) == len(paths):
         raise JobError("no results file could be read: nothing was done")
     if options.verify:
         report = verify(options.output_dir, tasks, settings, console, stop)
@@ -3206,9 +3256,10 @@ def do(options: argparse.Namespace, console: Console, stop: Stop) -> Report:
         report = dry_run(tasks, options.output_dir, console, stop)
     else:
         report = download(tasks, options.output_dir, settings, console, stop, options.json)
-    if failed_files and report.exit_code == EXIT_OK:
-        error = f"{failed_files:,} results files could not be read"
-        return replace(report, exit_code=EXIT_INCOMPLETE, error=error)
+    if errors:
+        unread = "; ".join(shortened(errors, FILES_SHOWN, "and {} more results files"))
+        error = "; ".join(filter(None, (report.error, unread)))
+        return replace(report, exit_code=report.exit_code or EXIT_INCOMPLETE, error=error)
     return report
 
 
@@ -3242,8 +3293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = Report(exit_code=stopped_exit_code(stop), error="stopped")
         if report.error:
             console.print("", f"❌ {report.error}")
-        if options.json:
-            Console().print(json.dumps(asdict(report), indent=2))
+        if options.json and not Console().print(json.dumps(asdict(report), indent=2)):
+            console.print("❌ the JSON could not be written")
+            return EXIT_CANNOT
     return report.exit_code
 
 

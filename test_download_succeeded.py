@@ -3708,10 +3708,60 @@ def test_exec_that_fails_is_said_and_the_video_stays(
     assert said in block
     assert command or "     why ?[2J it failed\n" in block
     for number in range(2):
-        assert f"picture_{number}.mp4: the --exec command failed" in tail
+        assert re.search(rf"picture_{number}\.mp4: .+ — run it by hand", tail)
         body = make_mp4(number)
         assert_whole(tmp_path / "video_outputs", f"picture_{number}", make_task_id(number), body)
     assert "Videos downloaded: 2" in tail
+
+
+@unix_only
+def test_a_signal_ends_the_wait_for_a_pipe_that_nobody_writes_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "results.json")
+    process = start_script(tmp_path, "--polling-results-file", "results.json")
+    assert process.stdout
+    assert (
+        process.stdout.readline() + process.stdout.readline() == "\n📋 Processing: results.json\n"
+    )
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_json_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
+    write_results(tmp_path, [])
+    with open("/dev/full", "wb") as full:
+        result = run_raw(tmp_path, "--json", stdout=full.fileno())
+    assert result.returncode == 1
+    assert b"the JSON could not be written" in result.stderr
+
+
+@pytest.mark.parametrize("mode", [(), ("--dry-run",), ("--verify",)], ids=str)
+def test_a_broken_results_file_is_named_at_the_end_whatever_else_failed(
+    tmp_path: Path, cdn: Cdn, mode: tuple[str, ...]
+) -> None:
+    write_results(tmp_path, serve(cdn, 1, Reply(status=404)))
+    broken = write_results(tmp_path, [], "20250101_000000")
+    broken.write_text("{")
+    result = run_script(tmp_path, "--all", "--json", *mode)
+    assert result.returncode == 3
+    assert broken.name in json.loads(result.stdout)["error"]
+    assert broken.name in result.stderr.splitlines()[-1]
+
+
+def test_of_many_results_files_the_rest_is_counted(tmp_path: Path) -> None:
+    for day in range(1, 15):
+        write_results(tmp_path, [make_row(day)], f"202501{day:02}_000000")
+    lines = run_script(tmp_path, "--all", "--dry-run").stdout.splitlines()
+    assert sum("📋 Processing" in line for line in lines) == 10
+    assert "  … and 4 more files" in lines
+
+
+def test_a_row_that_repeats_a_task_is_counted_once_and_said(tmp_path: Path) -> None:
+    write_results(tmp_path, [make_row(0), make_row(1), make_row(0)])
+    result = run_script(tmp_path, "--dry-run")
+    assert "  ℹ️ 1 rows repeat a task: counted once\n" in result.stdout
+    assert "Dry run: 2 to do" in result.stdout
 
 
 def test_options_go_together(tmp_path: Path, cdn: Cdn) -> None:
@@ -3900,7 +3950,9 @@ def demo() -> int:
     """Run the script on a CDN of its own; the videos stay in ``video_outputs/``."""
     with Cdn() as cdn, tempfile.TemporaryDirectory() as directory:
         results = write_results(Path(directory), make_demo_rows(cdn))
-        print(f"A small CDN runs at {cdn.url}; the poller's results are in {results.name}.\n")
+        print(
+            f"A small CDN runs at {cdn.url}, for as long as this takes; so does a results file.\n"
+        )
         print(f"$ python {SCRIPT.name} --polling-results-file {results.name}", flush=True)
         command = [sys.executable, str(SCRIPT), "--polling-results-file", str(results)]
         environment = os.environ | {"NO_PROXY": "*"}
