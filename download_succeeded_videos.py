@@ -699,15 +699,21 @@ class Shelf:
         self._names: dict[str, list[str]] = {}
         self._owners: dict[str, str | None] = {}
         self._parts: dict[str, list[PartId]] = {}
+        self.has_leftovers = False
         try:
             for name in os.listdir(directory):
                 self._names.setdefault(fold(name), []).append(name)
-                if name.startswith(".") and (part_id := PartId.parse(name)):
-                    self._parts.setdefault(part_id.task_digest, []).append(part_id)
+                if name.startswith("."):
+                    self._note_leftover(name)
         except FileNotFoundError:
             pass
         except OSError as error:
             raise JobError(f"{printable(str(directory))}: {error.strerror}") from None
+
+    def _note_leftover(self, name: str) -> None:
+        self.has_leftovers = self.has_leftovers or name.endswith((".part", ".tmp"))
+        if part_id := PartId.parse(name):
+            self._parts.setdefault(part_id.task_digest, []).append(part_id)
 
     def names(self, name: str) -> list[str]:
         """The names on disk that are ``name``, but for case and Unicode form."""
@@ -2000,11 +2006,14 @@ def storage_lines(directory: Path, videos: Mapping[str, int]) -> list[str]:
     """The videos in ``directory``, by name and bytes, and what they take together."""
     if not videos:
         return []
-    listed = [f"  • {printable(name)} ({megabytes(videos[name])})" for name in sorted(videos)]
+    names = sorted(videos)
+    listed = [f"  • {printable(name)} ({megabytes(videos[name])})" for name in names[:VIDEOS_SHOWN]]
+    if len(names) > VIDEOS_SHOWN:
+        listed.append(f"  … and {len(names) - VIDEOS_SHOWN:,} more")
     return [
         "",
         f"📁 Videos in {printable(str(directory))}:",
-        *shortened(listed, VIDEOS_SHOWN, "  … and {} more"),
+        *listed,
         "",
         f"💾 Total storage used: {megabytes(sum(videos.values()))}",
     ]
@@ -2427,14 +2436,15 @@ class Reporter:
 
     def _report(self, outcome: Outcome) -> None:
         self._done += 1
-        self._existing += outcome.status is Status.EXISTS
-        if outcome.status is Status.FAILED:
+        status = outcome.status
+        if status is Status.FAILED:
             self.failed_keys.add(outcome.task.key)
         else:
             self.on_disk += 1
-        if outcome.status is Status.EXISTS and self._existing > EXISTING_SHOWN:
+        if status is Status.EXISTS and self._existing >= EXISTING_SHOWN:
             self._hidden += 1
         else:
+            self._existing += status is Status.EXISTS
             number = f"{self._done}/{self._total} " if self._numbered else ""
             self._console.print(*outcome_lines(outcome, number))
         self._record(outcome)
@@ -2659,14 +2669,14 @@ class VideoDownloader:
     ) -> None:
         with self._locked(stop):
             shelf, plans = self._claim(tasks, stop)
-            kept = [plan for plan in plans if plan.action is Action.KEEP]
-            report.existing(kept)
-            jobs = [plan for plan in plans if plan.action is not Action.KEEP]
+            report.existing([plan for plan in plans if plan.slot is Slot.DONE])
+            jobs = [plan for plan in plans if plan.slot is not Slot.DONE]
             try:
                 self._work(sorted(jobs, key=urgency), shelf, report, stop)
             finally:
                 self._unclaim(jobs)
-                self._clean_up(report, stop, complete)
+                if jobs or shelf.has_leftovers:
+                    self._clean_up(report, stop, complete)
 
     def _are_there(self, tasks: Sequence[Task], report: Reporter) -> bool:
         """Whether the last look at the directory is enough to find the videos of ``tasks``.
