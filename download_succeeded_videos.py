@@ -104,7 +104,6 @@ GC_THRESHOLD = 100_000  # objects; a long results file makes no cycles worth an 
 
 EXIT_OK = 0
 EXIT_CANNOT = 1
-EXIT_USAGE = 2
 EXIT_INCOMPLETE = 3
 
 RUNWAY_BASE_URL = "https://api.dev.runwayml.com"

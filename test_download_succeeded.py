@@ -159,11 +159,13 @@ class Cdn:
         self.objects: dict[str, bytes] = {}
         self.replies: dict[str, Sequence[Reply]] = {}
         self.requests: list[Request] = []
+        self.connections: list[Any] = []
         self.released = threading.Event()  # ends what hangs
         self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
         handler = type("Handler", (_CdnHandler,), {"cdn": self})
         self._server = _QuietServer(("127.0.0.1", 0), handler)
+        self._server.connections = self.connections
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -201,6 +203,12 @@ class Cdn:
 class _QuietServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+
+    connections: list[Any]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.append(client_address)
+        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is what many tests are about."""
@@ -3052,6 +3060,15 @@ ssl.SSLContext.load_verify_locations = counted
 """
 
 
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_connections_are_kept_alive(cdn: Cdn, tmp_path: Path, framing: str) -> None:
+    replies = Reply(framing=framing)
+    rows = [make_row(i, video_url=cdn.add(f"{i}.mp4", OBJECT, replies)) for i in range(30)]
+    assert download(tmp_path, rows, "--workers", "3").returncode == 0
+    assert len(cdn.requests) == 30
+    assert len(cdn.connections) <= 3
+
+
 def test_a_bundle_of_ones_own_is_trusted_and_loaded_once_a_run(
     tls_cdn: TlsCdn, tmp_path: Path
 ) -> None:
@@ -3490,6 +3507,21 @@ def test_verify_accepts_old_metadata_and_other_programs_files(tmp_path: Path) ->
     result = run_script(tmp_path, "--verify")
     assert result.returncode == 0
     assert result.stdout.strip() == "🔎 Verified: 2 whole, 0 with a problem"
+
+
+def test_verify_reads_in_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_read = threading.Barrier(2, timeout=30)
+    hash_file = dsv.hash_file
+
+    def hash_together(path: Path, stop: dsv.Stop) -> tuple[int, str]:
+        both_read.wait()
+        return hash_file(path, stop)
+
+    for number in range(2):
+        put_video(tmp_path / "video_outputs", make_row(number), make_mp4(number))
+    monkeypatch.setattr(dsv, "hash_file", hash_together)
+    monkeypatch.chdir(tmp_path)
+    assert dsv.main(["--verify", "--workers", "2"]) == 0
 
 
 @pytest.mark.parametrize("which", [("--all",), ("--polling-results-file", LATEST)], ids=" ".join)
