@@ -11,31 +11,33 @@ a summary. The file reads as the data flows:
 
     results file -> tasks -> names and plan -> transfer -> metadata -> outcome -> summary
 
-Pure functions over frozen dataclasses decide; `PartFile`, `Shelf`, `Transfer` and
+Pure functions over small immutable records decide; `PartFile`, `Shelf`, `Transfer` and
 `DirectoryLock` are the places that touch disk and network; `Console` is the one that prints.
+
+The records are NamedTuples: frozen dataclasses would cost a rerun over 10,000 videos a tenth
+of its time, half of that for importing `dataclasses` and making the classes.
 """
 
 from __future__ import annotations
 
+import gc
 import signal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: no traceback
+if __name__ == "__main__":
+    gc.set_threshold(100_000)  # objects: neither imports nor long results files leave cycles
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import argparse
 import base64
 import contextlib
 import errno
 import functools
-import gc
-import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import queue
-import random
 import re
 import shlex
 import stat
@@ -47,15 +49,15 @@ import unicodedata
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
-if TYPE_CHECKING:  # imported when the first request is made: it costs more than a whole rerun
+if TYPE_CHECKING:  # what a rerun that finds everything can do without is imported where it is used
     from concurrent.futures import Future, ThreadPoolExecutor
+    from queue import SimpleQueue
     from subprocess import Popen
 
     import requests
@@ -99,8 +101,6 @@ PROBLEMS_SHOWN = 20
 FAILURES_SHOWN = 200
 VIDEOS_SHOWN = 50
 COMMAND_LINES_SHOWN = 10
-
-GC_THRESHOLD = 100_000  # objects; a long results file makes no cycles worth an early look
 
 EXIT_OK = 0
 EXIT_CANNOT = 1
@@ -384,15 +384,18 @@ def shown_time(unix_seconds: float) -> str:
     return datetime.fromtimestamp(unix_seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """A SUCCEEDED row, checked: ``stub`` is a safe name, ``link`` usable or empty."""
 
     task_id: str
     stub: str
-    link: str = field(repr=False)
-    key: str = field(repr=False)
-    row: Mapping[str, Any] = field(repr=False)
+    link: str
+    key: str
+    row: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """Without the link, whose query must not get into anybody's log."""
+        return f"Task(task_id={self.task_id!r}, stub={self.stub!r})"
 
     @property
     def shown_id(self) -> str:
@@ -406,18 +409,17 @@ def task_key(task_id: str, link: str) -> str:
     return f"link {link_without_query(link)}" if link else ""
 
 
-@dataclass(slots=True)
-class Batch:
-    """What one results file holds, or several merged."""
+class Batch(NamedTuple):
+    """What one results file holds: ``others`` counts the rows that did not succeed."""
 
-    tasks: list[Task] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
+    tasks: list[Task]
+    problems: list[str]
+    others: Counter[str]
 
 
 def read_rows(results: Mapping[str, Any]) -> Batch:
     """The SUCCEEDED tasks of a results object, in order, and what is wrong with its rows."""
-    batch = Batch()
+    batch = Batch([], [], Counter())
     rows = results.get("task_results")
     for number, row in enumerate(rows if isinstance(rows, list) else (), 1):
         if not isinstance(row, dict):
@@ -438,7 +440,7 @@ def read_rows(results: Mapping[str, Any]) -> Batch:
 def task_from_row(row: Mapping[str, Any], name: str, problems: list[str]) -> Task:
     """The task of SUCCEEDED ``row``; a text field of another type counts as missing."""
     wrong = [key for key in TEXT_FIELDS if not isinstance(row.get(key), (str, NoneType))]
-    problems.extend(f'{name}: "{key}" is not text: left out' for key in wrong)
+    problems += [f'{name}: "{key}" is not text: left out' for key in wrong]
     task_id = text_of(row, "task_id")
     stub = safe_stub(text_of(row, "target_filename_stub")) or default_stub(task_id)
     link = usable_link(row.get("video_url"))
@@ -504,8 +506,9 @@ def safe_stub(stub: str) -> str:
         return ""
     if not name.isascii():
         name = "".join(char if is_encodable(char) else "_" for char in name)
-    dots = len(name) - len(name.lstrip("."))
-    name = "_" * dots + name[dots:]
+    if name.startswith("."):
+        bare = name.lstrip(".")
+        name = "_" * (len(name) - len(bare)) + bare
     if _RESERVED.match(name) or name.startswith(RESULTS_PREFIX):
         name = f"_{name}"
     return fit(name)
@@ -548,29 +551,33 @@ def fold(name: str) -> str:
 
 
 def digest(text: str) -> str:
+    import hashlib
+
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The ``number``-th of ``count`` equal parts of all stubs; 1 of 1 is everything.
+class Shard(NamedTuple):
+    """The ``number``-th of so many equal ``parts`` parts of all stubs; 1 of 1 is everything.
 
     Stubs are hashed onto positions, a part is an interval of them. So a part is the same
     whatever else the results hold, and overlap of any two parts of any two sets is plain.
     """
 
     number: int = 1
-    count: int = 1
+    parts: int = 1
 
     @property
     def positions(self) -> range:
         return range(
-            POSITION_SPACE * (self.number - 1) // self.count,
-            POSITION_SPACE * self.number // self.count,
+            POSITION_SPACE * (self.number - 1) // self.parts,
+            POSITION_SPACE * self.number // self.parts,
         )
 
     def holds(self, stub: str) -> bool:
-        return self.count == 1 or stub_position(stub) in self.positions
+        return self.parts == 1 or stub_position(stub) in self.positions
+
+
+EVERYTHING = Shard()
 
 
 def stub_position(stub: str) -> int:
@@ -659,8 +666,7 @@ class Action(Enum):
     KEEP = "keep"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What to do for ``task``, under the name ``stub``, where ``slot`` was found."""
 
     task: Task
@@ -695,31 +701,35 @@ class Shelf:
 
     def __init__(self, directory: Path) -> None:
         self._prefix = os.path.join(directory, "")
-        self._names: dict[str, list[str]] = {}
         self._owners: dict[str, str | None] = {}
         self._parts: dict[str, list[PartId]] = {}
-        self.has_leftovers = False
         try:
-            for name in os.listdir(directory):
-                self._names.setdefault(fold(name), []).append(name)
-                if name.startswith("."):
-                    self._note_leftover(name)
+            self._names = dict.fromkeys(os.listdir(directory))
         except FileNotFoundError:
-            pass
+            self._names = {}
         except OSError as error:
             raise JobError(f"{printable(str(directory))}: {error.strerror}") from None
-
-    def _note_leftover(self, name: str) -> None:
-        self.has_leftovers = self.has_leftovers or name.endswith((".part", ".tmp"))
-        if part_id := PartId.parse(name):
+        hidden = [name for name in self._names if name[0] == "."]
+        self.has_leftovers = any(name.endswith((".part", ".tmp")) for name in hidden)
+        for part_id in filter(None, map(PartId.parse, hidden)):
             self._parts.setdefault(part_id.task_digest, []).append(part_id)
 
-    def names(self, name: str) -> list[str]:
-        """The names on disk that are ``name``, but for case and Unicode form."""
-        return self._names.get(fold(name), [])
+    @functools.cached_property
+    def _folded(self) -> dict[str, list[str]]:
+        """The names by what they fold to; a rerun that finds all to the letter never asks."""
+        folded: dict[str, list[str]] = {}
+        for name in self._names:
+            folded.setdefault(fold(name), []).append(name)
+        return folded
+
+    def names(self, name: str) -> Iterator[str]:
+        """The names on disk that are ``name``, but for case and Unicode form; itself first."""
+        if name in self._names:
+            yield name
+        yield from (other for other in self._folded.get(fold(name), ()) if other != name)
 
     def all_names(self, suffix: str) -> list[str]:
-        return [name for names in self._names.values() for name in names if name.endswith(suffix)]
+        return [name for name in self._names if name.endswith(suffix)]
 
     def parts(self, task: Task) -> list[PartId]:
         """The part files that earlier runs left of ``task``."""
@@ -733,13 +743,13 @@ class Shelf:
 
     def look(self, stub: str, key: str) -> tuple[Slot, str, int]:
         """What stands under ``stub`` for the task ``key``: slot, stub as on disk, bytes."""
-        metadata = self.names(f"{stub}.json")
-        for name in metadata:
+        for name in self.names(f"{stub}.json"):
             if name.endswith(".json") and self.owner(name) == key:
                 own = name.removesuffix(".json")
                 size = file_bytes(f"{self._prefix}{own}.mp4")
                 return (Slot.DONE, own, size) if size else (Slot.OURS, own, 0)
-        videos = self.names(f"{stub}.mp4")
+        metadata = list(self.names(f"{stub}.json"))
+        videos = list(self.names(f"{stub}.mp4"))
         if not metadata and not videos:
             return Slot.FREE, stub, 0
         if metadata or videos != [f"{stub}.mp4"]:
@@ -788,7 +798,7 @@ def plan_all(tasks: Iterable[Task], shelf: Shelf, claimed: dict[str, str]) -> li
     plans = []
     for task in tasks:
         plan = plan_task(task, shelf, claimed)
-        if plan.action is not Action.KEEP:
+        if plan.slot is not Slot.DONE:
             claimed[fold(plan.stub)] = task.key
         plans.append(plan)
     return plans
@@ -840,8 +850,7 @@ def strong_validator(headers: Mapping[str, str]) -> str:
     return (headers.get("Last-Modified") or "").strip()
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """The head of a response, nonsense already turned into ``None`` or ``""``."""
 
     status: int
@@ -907,8 +916,7 @@ def check_content(answer: Answer) -> None:
         raise TaskError("the server sent an empty body", "check the task in Runway")
 
 
-@dataclass(frozen=True, slots=True)
-class PartId:
+class PartId(NamedTuple):
     """Whose part file it is and of which object; all of it is in the file's name.
 
     A name changes in one step, so no crash can part the bytes from the validator they
@@ -1251,6 +1259,8 @@ class Hasher:
     """
 
     def __init__(self) -> None:
+        import hashlib
+
         self._sha256 = hashlib.sha256()
         self._size_bytes = 0
         self._thread: ThreadPoolExecutor | None = None
@@ -1367,6 +1377,8 @@ def write_all(file: io.FileIO, data: bytes) -> None:
 
 def hash_file(path: Path, stop: Stop) -> tuple[int, str]:
     """Bytes and SHA-256 of ``path``, read in constant memory; raises `TaskError`."""
+    import hashlib
+
     size_bytes, sha256 = 0, hashlib.sha256()
     with disk_errors(f"read {printable(path.name)}"), open(path, "rb", buffering=0) as file:
         while block := file.read(HASH_BYTES):
@@ -1394,14 +1406,13 @@ def sweep(directory: Path, positions: range, keep: set[str]) -> None:
 # --- Transfer: attempts, back-off, resume, a fresh link ---------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """How to download; times in seconds."""
 
     workers: int = DEFAULT_WORKERS
     timeout_s: float = DEFAULT_TIMEOUT_S
     retries: int = DEFAULT_RETRIES
-    shard: Shard = Shard()
+    shard: Shard = EVERYTHING
     command: tuple[str, ...] = ()
 
 
@@ -1433,6 +1444,8 @@ class Retries:
             tries = len(self.reasons) + 1
             reason = error.reason if tries == 1 else f"{error.reason} (tried {tries} times)"
             raise TaskError(reason, error.hint) from None
+        import random
+
         self._failures += 1
         self.reasons.append(error.reason)
         self._wait(backoff_s(self._failures, error.retry_after_s, random.random()))
@@ -1500,8 +1513,7 @@ class Decoder:
         return rest
 
 
-@dataclass(frozen=True, slots=True)
-class Workplace:
+class Workplace(NamedTuple):
     """What all transfers of a run share."""
 
     directory: Path
@@ -1908,8 +1920,7 @@ class Status(str, Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one task: ``path`` and ``size_bytes`` of its video, or why it failed."""
 
     task: Task
@@ -2018,16 +2029,11 @@ def storage_lines(directory: Path, videos: Mapping[str, int]) -> list[str]:
     ]
 
 
-def list_videos(directory: Path, known: Mapping[str, int]) -> dict[str, int]:
-    """Name and bytes of each video in ``directory``; looks only at those not ``known``."""
-    videos = {}
-    with contextlib.suppress(OSError):
-        for name in os.listdir(directory):
-            if name.endswith(".mp4") and not name.startswith("."):
-                size = known.get(name) or file_bytes(directory / name)
-                if size is not None:
-                    videos[name] = size
-    return videos
+def video_sizes(directory: Path, names: Iterable[str], known: Mapping[str, int]) -> dict[str, int]:
+    """Name and bytes of the visible files ``names``; looks only at those not ``known``."""
+    visible = [name for name in names if name[0] != "."]
+    sizes = {name: known.get(name) or file_bytes(directory / name) for name in visible}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def others_line(others: Mapping[str, int]) -> list[str]:
@@ -2113,8 +2119,7 @@ def terminal_columns() -> int:
         return 80
 
 
-@dataclass(frozen=True, slots=True)
-class Live:
+class Live(NamedTuple):
     """One moment of a run, as the live line shows it. Bytes; seconds.
 
     ``expected`` is ``None`` before the first answer; ``estimated`` until the last video's.
@@ -2203,11 +2208,11 @@ def read_tasks(
         tasks = merge_tasks(batches)
     if len(paths) > 1:
         console.print("", f"  ✅ Found {len(tasks):,} different SUCCEEDED tasks in all")
-    if shard.count == 1 or not paths:
+    if shard.parts == 1 or not paths:
         return tasks, errors
     part = [task for task in tasks if shard.holds(task.stub)]
     count = f"{len(part):,} of {len(tasks):,} tasks"
-    console.print(f"  🧩 Shard {shard.number}/{shard.count}: {count}")
+    console.print(f"  🧩 Shard {shard.number}/{shard.parts}: {count}")
     return part, errors
 
 
@@ -2389,7 +2394,7 @@ class Reporter:
     def __init__(
         self,
         console: Console,
-        record: Callable[[Outcome], None],
+        record: Callable[[Sequence[Outcome]], None],
         directory: Path,
         total: int,
         numbered: bool,
@@ -2408,9 +2413,10 @@ class Reporter:
 
     def existing(self, plans: Sequence[Plan]) -> None:
         """Report the videos that are there already, the first few of them in full."""
-        for plan in plans:
-            outcome = Outcome(plan.task, Status.EXISTS, self._directory, plan.stub, plan.size_bytes)
-            self._report(outcome)
+        exists, directory = Status.EXISTS, self._directory
+        self._report(
+            *(Outcome(plan.task, exists, directory, plan.stub, plan.size_bytes) for plan in plans)
+        )
         self.say_hidden()
 
     def say_hidden(self) -> None:
@@ -2433,20 +2439,21 @@ class Reporter:
         else:
             self._report(future.result())
 
-    def _report(self, outcome: Outcome) -> None:
-        self._done += 1
-        status = outcome.status
-        if status is Status.FAILED:
-            self.failed_keys.add(outcome.task.key)
-        else:
-            self.on_disk += 1
-        if status is Status.EXISTS and self._existing >= EXISTING_SHOWN:
-            self._hidden += 1
-        else:
-            self._existing += status is Status.EXISTS
+    def _report(self, *outcomes: Outcome) -> None:
+        for outcome in outcomes:
+            self._done += 1
+            if outcome.status is Status.FAILED:
+                self.failed_keys.add(outcome.task.key)
+            else:
+                self.on_disk += 1
+            if outcome.status is Status.EXISTS:
+                self._existing += 1
+                if self._existing > EXISTING_SHOWN:
+                    self._hidden += 1
+                    continue
             number = f"{self._done}/{self._total} " if self._numbered else ""
             self._console.print(*outcome_lines(outcome, number))
-        self._record(outcome)
+        self._record(outcomes)
 
     def draw(self, meter: Meter) -> None:
         """Redraw the live line, a few times a second."""
@@ -2465,11 +2472,12 @@ class Crew:
 
     def __init__(self, workers: int) -> None:
         from concurrent.futures import ThreadPoolExecutor
+        from queue import SimpleQueue
 
         self._workers = ThreadPoolExecutor(workers, "download")
         self._committer = ThreadPoolExecutor(1, "commit")
         self._plans: dict[Future[Any], Plan] = {}
-        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self._done: SimpleQueue[Future[Any]] = SimpleQueue()
 
     @property
     def busy(self) -> int:
@@ -2490,11 +2498,13 @@ class Crew:
         self, timeout_s: float, all_of_them: bool = False
     ) -> Iterator[tuple[Plan, Future[Outcome]]]:
         """The next plan that is finished, or all that finish within ``timeout_s``."""
+        from queue import Empty
+
         deadline = time.monotonic() + timeout_s
         while self._plans:
             try:
                 future = self._done.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
+            except Empty:
                 return
             plan = self._plans.pop(future)
             if not future.exception() and not isinstance(future.result(), Outcome):
@@ -2536,7 +2546,7 @@ class VideoDownloader:
         timeout: float = DEFAULT_TIMEOUT_S,
         retries: int = DEFAULT_RETRIES,
         on_outcome: Callable[[Outcome], None] | None = None,
-        shard: Shard = Shard(),
+        shard: Shard = EVERYTHING,
         command: Sequence[str] = (),
         console: Console | None = None,
         stop: Stop | None = None,
@@ -2621,15 +2631,21 @@ class VideoDownloader:
         return True
 
     def print_final_stats(self) -> None:
-        """Print the summary of everything done so far, and the videos in the directory."""
+        """Print the summary of everything done so far, and the videos in the directory.
+
+        Where all were there already, they are those that the last look at it found.
+        """
         known = {
             f"{each.stub}.mp4": each.size_bytes or 0
             for each in self.outcomes
             if each.status is Status.EXISTS
         }
-        videos = list_videos(self.output_dir, known)
         self._console.print(*statistics_lines(self.stats, self.outcomes))
-        self._console.print(*storage_lines(self.output_dir, videos))
+        with contextlib.suppress(JobError):
+            if not self._shelf or len(known) < self.stats["total_succeeded"]:
+                self._shelf = Shelf(self.output_dir)
+            videos = video_sizes(self.output_dir, self._shelf.all_names(".mp4"), known)
+            self._console.print(*storage_lines(self.output_dir, videos))
 
     # The run
 
@@ -2685,18 +2701,20 @@ class VideoDownloader:
         with self._mutex:
             self._shelf = self._shelf or Shelf(self.output_dir)
             plans = [plan_task(task, self._shelf, self._claims) for task in tasks]
-        there = all(plan.action is Action.KEEP for plan in plans)
+        there = all(plan.slot is Slot.DONE for plan in plans)
         if there:
             report.existing(plans)
         return there
 
-    def _record(self, outcome: Outcome) -> None:
-        """Count ``outcome`` and tell the caller."""
+    def _record(self, outcomes: Sequence[Outcome]) -> None:
+        """Count ``outcomes`` and tell the caller."""
         with self._mutex:
-            self.stats[_COUNTED_AS[outcome.status]] += 1
-            self.outcomes.append(outcome)
-            self._busy.discard(outcome.task.key)  # the callback may try it again
-        self._on_outcome(outcome)
+            for outcome in outcomes:
+                self.stats[_COUNTED_AS[outcome.status]] += 1
+                self._busy.discard(outcome.task.key)  # the callback may try it again
+            self.outcomes += outcomes
+        for outcome in outcomes:
+            self._on_outcome(outcome)
 
     def _claim(self, tasks: Sequence[Task], stop: Stop) -> tuple[Shelf, list[Plan]]:
         """Plan ``tasks`` in order and hold their names against this process's other threads."""
@@ -2707,7 +2725,7 @@ class VideoDownloader:
                 self._mutex.wait(LOCK_POLL_S)
             self._shelf = shelf = Shelf(self.output_dir)
             plans = plan_all(stop.watch(tasks), shelf, self._claims)
-            self._busy |= {plan.task.key for plan in plans if plan.action is not Action.KEEP}
+            self._busy |= {plan.task.key for plan in plans if plan.slot is not Slot.DONE}
         return shelf, plans
 
     def _unclaim(self, plans: Iterable[Plan]) -> None:
@@ -2819,7 +2837,7 @@ class VideoDownloader:
         if not outcome.path:
             return outcome
         lines, error = run_command(place.settings.command, outcome.path, place.stop)
-        return replace(outcome, notes=(*outcome.notes, *lines), command_error=error)
+        return outcome._replace(notes=(*outcome.notes, *lines), command_error=error)
 
     def _put_in_place(self, plan: Plan, part: PartFile) -> bool:
         """Publish metadata and video; False if somebody has taken the name meanwhile.
@@ -2924,11 +2942,10 @@ class VideoDownloader:
 # --- Looking without downloading: --dry-run and --verify --------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """What one invocation found, for the console, ``--json`` and the exit code."""
 
-    stats: Mapping[str, int] = field(default_factory=empty_stats)
+    stats: Mapping[str, int] = empty_stats()
     videos: Sequence[Mapping[str, Any]] = ()
     exit_code: int = EXIT_OK
     error: str | None = None
@@ -2980,8 +2997,7 @@ def dry_run_entry(plan: Plan, directory: Path) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """One video held against its metadata; ``problem`` is empty when all is well."""
 
     task_id: str
@@ -3048,8 +3064,8 @@ def verify_video(path: Path, shard: Shard, stop: Stop) -> Check | None:
     size_bytes = file_bytes(video)
     if size_bytes is None:
         if os.path.lexists(video):
-            return replace(check, problem="is no file — move it away and run again")
-        return replace(check, problem="is missing — run again to download it")
+            return check._replace(problem="is no file — move it away and run again")
+        return check._replace(problem="is missing — run again to download it")
     try:
         with open(video, "rb") as file:
             content = inspect(file, size_bytes)
@@ -3059,12 +3075,12 @@ def verify_video(path: Path, shard: Shard, stop: Stop) -> Check | None:
             _, sha256 = hash_file(video, stop)
             problem = "" if sha256 == wanted["sha256"] else "has another SHA-256 than downloaded"
     except OSError as error:
-        return replace(check, problem=f"cannot be read: {error.strerror}")
+        return check._replace(problem=f"cannot be read: {error.strerror}")
     except TaskError as error:
-        return replace(check, problem=error.reason)
+        return check._replace(problem=error.reason)
     if problem:
         problem += " — if you did not edit it, delete it and run again"
-    return replace(check, size_bytes=size_bytes, problem=problem)
+    return check._replace(size_bytes=size_bytes, problem=problem)
 
 
 def compare(wanted: Mapping[str, Any], size_bytes: int, content: Content) -> str:
@@ -3127,7 +3143,7 @@ def parse_path(text: str) -> Path:
 def parse_shard(text: str) -> Shard:
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     shard = Shard(int(match[1]), int(match[2])) if match else Shard(0, 0)
-    if not 1 <= shard.number <= shard.count:
+    if not 1 <= shard.number <= shard.parts:
         raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N")
     return shard
 
@@ -3167,7 +3183,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="for connecting and for each wait for data (default: %(default)g)")  # fmt: skip
     add("--retries", type=bounded(int, 0, 1000), metavar="N", default=DEFAULT_RETRIES,
         help="more tries after one that brought nothing (default: %(default)s)")  # fmt: skip
-    add("--shard", type=parse_shard, metavar="K/N", default=Shard(),
+    add("--shard", type=parse_shard, metavar="K/N", default=EVERYTHING,
         help="only the K-th of N equal parts, for job arrays that share a directory")  # fmt: skip
     add("--exec", type=parse_command, metavar="CMD", default=(), dest="command",
         help='run "CMD {video} {metadata}" for each new video, without a shell')  # fmt: skip
@@ -3268,7 +3284,7 @@ def do(options: argparse.Namespace, console: Console, stop: Stop) -> Report:
     if errors:
         unread = "; ".join(shortened(errors, FILES_SHOWN, "and {} more results files"))
         error = "; ".join(filter(None, (report.error, unread)))
-        return replace(report, exit_code=report.exit_code or EXIT_INCOMPLETE, error=error)
+        return report._replace(exit_code=report.exit_code or EXIT_INCOMPLETE, error=error)
     return report
 
 
@@ -3290,7 +3306,6 @@ def stopping_on_signals(stop: Stop) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; the exit code, as ``--help`` lists them."""
     options = build_parser().parse_args(argv)
-    gc.set_threshold(GC_THRESHOLD)
     console = Console((sys.stderr or io.StringIO()) if options.json else None)
     stop = Stop()
     with stopping_on_signals(stop):
@@ -3302,23 +3317,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = Report(exit_code=stopped_exit_code(stop), error="stopped")
         if report.error:
             console.print("", f"❌ {report.error}")
-        if options.json and not Console().print(json.dumps(asdict(report), indent=2)):
+        if options.json and not Console().print(json.dumps(report._asdict(), indent=2)):
             console.print("❌ the JSON could not be written")
             return EXIT_CANNOT
     return report.exit_code
 
 
 def leave(exit_code: int) -> NoReturn:
-    """Exit without waiting for threads that still wait for a server."""
+    """Exit at once: threads may wait for a server, and freeing 10,000 rows takes a while."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone
             stream.flush()
-        except (OSError, ValueError):  # its reader has gone: let the rest of it go nowhere
-            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())
-    if threading.active_count() > 1:
-        os._exit(exit_code)
-    raise SystemExit(exit_code)
+    os._exit(exit_code)
 
 
 if __name__ == "__main__":
