@@ -274,6 +274,11 @@ def shortened(lines: Sequence[str], limit: int, more: str) -> list[str]:
 # --- Results files: which ones, and what is in them -------------------------------------------
 
 
+_TIME_IN_NAME = re.compile(  # YYYYMMDD_HHMMSS, wherever it begins
+    r"(?=([0-9]{4})([0-9]{2})([0-9]{2})_([0-9]{2})([0-9]{2})([0-9]{2}))"
+)
+
+
 def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
     """The polling-results files in ``directories``, each once, latest first.
 
@@ -293,9 +298,10 @@ def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
 
 def results_time(path: Path) -> datetime:
     """When the results in ``path`` were saved, as naive local time."""
-    for digits in re.findall(r"(?=(\d{8}_\d{6}))", path.name, re.ASCII):
+    for match in _TIME_IN_NAME.finditer(path.name):
         with contextlib.suppress(ValueError):
-            return datetime.strptime(digits, "%Y%m%d_%H%M%S")
+            year, month, day, hour, minute, second = map(int, match.groups())
+            return datetime(year, month, day, hour, minute, second)
     try:
         return datetime.fromtimestamp(path.stat().st_mtime)
     except (OSError, ValueError, OverflowError):
