@@ -1346,6 +1346,63 @@ def test_transient_status_hands_on_what_the_server_asks_to_wait() -> None:
     assert raised.value.retry_after_s == 7
 
 
+# --- Taking turns ------------------------------------------------------------------------------
+
+
+def test_turns_are_so_many_and_go_to_who_came_first() -> None:
+    turns, came = dsv.Turns(2), list[int]()
+
+    def take_one(number: int) -> None:
+        with turns:
+            came.append(number)
+
+    threads = [threading.Thread(target=take_one, args=(number,)) for number in range(3)]
+    with turns, turns:
+        for thread in threads:
+            thread.start()
+            wait_until(lambda: len(turns._queue) == sum(each.is_alive() for each in threads))
+        assert came == []
+        with contextlib.suppress(TimeoutError), turns.given_back():
+            wait_until(lambda: came == [0, 1, 2])
+            raise TimeoutError
+        late = threading.Thread(target=take_one, args=(3,))
+        late.start()
+        wait_until(lambda: len(turns._queue) == 1)  # both turns are taken again
+    for thread in (*threads, late):
+        thread.join()
+    assert came == [0, 1, 2, 3]
+
+
+class _BusySocket:
+    """A socket that always has more."""
+
+    def gettimeout(self) -> float:
+        return 30.0
+
+    def settimeout(self, _seconds: float) -> None:
+        """Remain as it is."""
+
+    def recv_into(self, view: memoryview) -> int:
+        return len(view)
+
+
+def test_a_stream_that_never_waits_lets_others_have_their_turn() -> None:
+    turns, came = dsv.Turns(1), list[str]()
+
+    def take_one() -> None:
+        with turns:
+            came.append("other")
+
+    other = threading.Thread(target=take_one)
+    guard = dsv.StallGuard(io.RawIOBase(), _BusySocket(), turns, time.monotonic)
+    with turns:
+        other.start()
+        wait_until(lambda: len(turns._queue) == 1)
+        assert guard.readinto(bytearray(9)) == 9
+        assert came == ["other"]
+    other.join()
+
+
 # --- Back-off and part files -------------------------------------------------------------------
 
 
@@ -2391,6 +2448,32 @@ def test_a_trickle_is_a_stall_and_what_came_is_kept(stall_run: TableRun) -> None
 @pytest.mark.parametrize("place", [1, 2], ids=["trickling-head", "deaf-port"])
 def test_a_server_that_never_comes_to_the_point_is_a_stall(stall_run: TableRun, place: int) -> None:
     ends_failed(stall_run, len(STALL_TABLE) + place, "stalled|no connection within 1 s")
+
+
+def test_who_waits_for_a_server_holds_nobody_up(
+    cdn: Cdn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent, half = Reply(wait_s=60), Reply(send=HALF, ending="hang")
+    monkeypatch.setenv("RUNWAYML_API_SECRET", "key")
+    monkeypatch.setenv("RUNWAYML_BASE_URL", cdn.url)
+    with deaf_port() as deaf:
+        waiting = [
+            *(cdn.add(f"silent{number}.mp4", OBJECT, silent) for number in range(3)),
+            *(cdn.add(f"half{number}.mp4", OBJECT, half) for number in range(3)),
+            *[f"{deaf}/0.mp4"] * 2,
+            *[f"{deaf}/0.mp4".replace("http:", "https:")] * 2,
+            *(None for _ in range(3)),  # asks the API
+        ]
+        links = [*waiting, *(cdn.add(f"good{number}.mp4", OBJECT) for number in range(3))]
+        rows = [make_row(number, video_url=link) for number, link in enumerate(links)]
+        for row in rows:
+            cdn.add(f"v1/tasks/{row['task_id']}", b"", silent)
+        ended = list[str]()
+        downloader = make_downloader(
+            tmp_path, timeout=1.0, retries=0, on_outcome=lambda each: ended.append(each.status)
+        )
+        assert downloader.process_polling_results_file(write_results(tmp_path, rows)) == 3
+    assert ended == ["downloaded"] * 3 + ["failed"] * len(waiting)
 
 
 # Links that die, and the Runway API. Each row: its replies in turn, how often it is asked with
