@@ -1118,12 +1118,9 @@ class StallGuard(io.RawIOBase):
             raise Trickle
 
 
-def make_pool_classes(turns: Turns) -> dict[str, Any]:
-    """urllib3's connection pools by scheme, reading through a `StallGuard`."""
+def make_guard(turns: Turns) -> Callable[[Any], None]:
+    """What makes the connections of a urllib3 pool manager read through a `StallGuard`."""
     from http.client import HTTPResponse
-
-    from urllib3.connection import HTTPConnection, HTTPSConnection
-    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
     class GuardedResponse(HTTPResponse):
         """Does not wait until a read is full."""
@@ -1141,27 +1138,23 @@ def make_pool_classes(turns: Turns) -> dict[str, Any]:
                 self._close_conn()  # type: ignore[attr-defined]
             return data
 
-    class PlainConnection(HTTPConnection):
-        response_class = GuardedResponse
+    def guarded(pool: Any) -> Any:
+        base = pool.ConnectionCls
+        if base.response_class is GuardedResponse:
+            return pool
 
-        def connect(self) -> None:
+        def connect(connection: Any) -> None:
             with turns.given_back():
-                super().connect()
+                base.connect(connection)
 
-    class TLSConnection(HTTPSConnection):
-        response_class = GuardedResponse
+        extras = {"response_class": GuardedResponse, "connect": connect}
+        return type("GuardedPool", (pool,), {"ConnectionCls": type("Guarded", (base,), extras)})
 
-        def connect(self) -> None:
-            with turns.given_back():
-                super().connect()
+    def guard(manager: Any) -> None:
+        pools = manager.pool_classes_by_scheme
+        manager.pool_classes_by_scheme = {scheme: guarded(pool) for scheme, pool in pools.items()}
 
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = PlainConnection
-
-    class TLSPool(HTTPSConnectionPool):
-        ConnectionCls = TLSConnection
-
-    return {"http": PlainPool, "https": TLSPool}
+    return guard
 
 
 def make_session(workers: int, turns: Turns) -> requests.Session:
@@ -1174,17 +1167,16 @@ def make_session(workers: int, turns: Turns) -> requests.Session:
 
     import requests
 
-    pools, context = make_pool_classes(turns), make_tls_context()
+    guard, context = make_guard(turns), make_tls_context()
 
     class Adapter(requests.adapters.HTTPAdapter):
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
             super().init_poolmanager(*args, ssl_context=context, **kwargs)
-            self.poolmanager.pool_classes_by_scheme = pools
+            guard(self.poolmanager)
 
         def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
             manager = super().proxy_manager_for(proxy, ssl_context=context, **kwargs)
-            if not proxy.lower().startswith("socks"):  # which has pools of its own
-                manager.pool_classes_by_scheme = pools
+            guard(manager)
             return manager
 
         def send(self, request: Any, *args: Any, **kwargs: Any) -> Any:
