@@ -33,6 +33,7 @@ import threading
 import time
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -1679,6 +1680,23 @@ def test_storage_listing_holds_videos_alone(
     assert listed[3] == "💾 Total storage used: 1.19 MB"
 
 
+def test_storage_listing_after_a_download_holds_what_others_saved_meanwhile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mocked: responses.RequestsMock
+) -> None:
+    mocked.get("https://cdn.invalid/1.mp4", body=WHOLE, content_type="video/mp4")
+    lay_out(tmp_path, {"picture_0.mp4": WHOLE, "picture_0.json": make_task(0)})
+    file = write_results(tmp_path, [make_row(0), make_row(1)])
+
+    def save_another(_outcome: dsv.Outcome) -> None:
+        (tmp_path / "another.mp4").write_bytes(WHOLE)
+
+    downloader = make_downloader(tmp_path, on_outcome=save_another)
+    assert downloader.process_polling_results_file(file) == 2
+    downloader.print_final_stats()
+    listed = capsys.readouterr().out.split(f"📁 Videos in {tmp_path}:\n")[1]
+    assert re.findall(r"• (.*) \(", listed) == ["another.mp4", "picture_0.mp4", "picture_1.mp4"]
+
+
 MB = 1024 * 1024
 
 
@@ -1742,6 +1760,34 @@ def test_orchestrator_gets_the_documented_results(
     }  # fmt: skip
     downloader.print_final_stats()
     assert "✅ Total SUCCEEDED tasks found: 4\n" in capsys.readouterr().out
+
+
+def test_a_rerun_lists_the_directory_once_and_looks_at_each_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [make_row(number) for number in range(5)]
+    output = tmp_path / "videos"
+    output.mkdir()
+    lay_out(output, {f"picture_{number}.mp4": WHOLE for number in range(5)})
+    lay_out(output, {f"picture_{number}.json": make_task(number) for number in range(5)})
+    file, calls = write_results(tmp_path, rows), Counter[tuple[str, str]]()
+    for name in ("listdir", "stat", "open"):
+        called = getattr(os, name)
+
+        def count(path: Any, *rest: Any, of: str = name, call: Any = called, **more: Any) -> Any:
+            calls[of, os.path.basename(path)] += 1
+            return call(path, *rest, **more)
+
+        monkeypatch.setattr(os, name, count)
+    downloader = make_downloader(output)
+    assert downloader.process_polling_results_file(file) == 5
+    downloader.print_final_stats()
+    monkeypatch.undo()
+    assert calls["listdir", "videos"] == 1
+    assert {key: count for key, count in calls.items() if key[1].startswith("picture")} == {
+        **{("stat", f"picture_{number}.mp4"): 1 for number in range(5)},
+        **{("open", f"picture_{number}.json"): 1 for number in range(5)},
+    }
 
 
 def test_processing_a_file_answers_how_many_videos_are_on_disk(tmp_path: Path, cdn: Cdn) -> None:
