@@ -1185,9 +1185,18 @@ def make_session(workers: int, turns: Turns) -> requests.Session:
         def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
             """Add nothing: the context holds the bundle and asks for a good certificate."""
 
+    class Session(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> str | None:
+            """Leave a long body of a redirect unread; requests would hold it in memory."""
+            target = super().get_redirect_target(resp)
+            length = parse_length(resp.headers.get("Content-Length"))
+            if target is not None and (length is None or length > READ_BYTES):
+                resp.raw.close()
+            return target
+
     for name in ("urllib3.connection", "urllib3.connectionpool"):
         logging.getLogger(name).addFilter(hide_queries)
-    session = requests.Session()
+    session = Session()
     session.trust_env = False  # no .netrc; `proxies_for` asks for the proxies, once per host
     session.headers["User-Agent"] = f"download_succeeded_videos/{__version__}"
     for scheme in ("http://", "https://"):

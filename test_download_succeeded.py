@@ -2267,6 +2267,17 @@ def test_what_is_no_mp4_but_whole_is_kept_with_a_warning(
     assert len(cdn.requests) == 1
 
 
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_a_long_body_of_a_redirect_is_left_unread(cdn: Cdn, tmp_path: Path, framing: str) -> None:
+    target = cdn.add("it.mp4", OBJECT)
+    redirect = Reply(
+        302, b"<" * 9_000_000, {"Location": target}, framing=framing, send=600_000, ending="hang"
+    )
+    row = make_row(video_url=cdn.add("0.mp4", b"", redirect))
+    assert make_downloader(tmp_path, retries=0).process_succeeded_task(row)
+    assert_whole(tmp_path, "picture_0", make_task_id(0), OBJECT)
+
+
 # Resuming. Each row: the replies after one that was cut half way, from which byte on each was
 # asked for (None: all of it), and whether the object was another one by then.
 
