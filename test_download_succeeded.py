@@ -14,6 +14,7 @@ import base64
 import contextlib
 import gzip
 import hashlib
+import heapq
 import io
 import json
 import os
@@ -23,7 +24,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import ssl
 import struct
 import subprocess
@@ -39,14 +39,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import format_datetime
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest import mock
+from urllib.parse import unquote
 
 import pytest
 import responses
-from requests.structures import CaseInsensitiveDict
 
 import download_succeeded_videos as dsv
 
@@ -54,35 +56,12 @@ SCRIPT = Path(dsv.__file__).resolve()
 
 # --- Builders: whole MP4s, rows, results files -----------------------------------------------
 
-# One second of a test picture, 64 x 64 pixels, H.264: zlib, base64.
-_PICTURE = (
-    "eNp9VH1sFEUU32uLlK9wCMZGiYxKQLB33ftoKQ0brym0pwHBCBSUZp3dnbtbb7+6O70PRNOGqJggNJL0D0RSIYQUISbI"
-    "RyRQsWq0pojBaCCgaKICUUARkAByvtm70gORzc6837z5vffmzXu7HMehGM1aqmPqHFfCMQkjiFNyQLfCAY4rfUE3zRTH"
-    "cZqeSijcLU/paXd4OPYOPZ5bWbevI9xdnxJ436c2TgJeRpNuzNL/emOx7x7njnEjNw8wmSjUATmRaA4dsmB+vQXbkqm6"
-    "omIASFduzz3vaNGn7sKXUDR7cCelKqSYuRjWZhQbikYYx3NEV40YgAkp3XVafMzJSn5vomKTWFEao9tsDeWx5y2HShrg"
-    "Poc6ShFnJyva/1wFO2uEi4KMDjJGzwU+0lQpE6wJ36kQFbkczLXAavAo3MjcT9wDcZDb7bLZUw7OZkUpY1NkVrRrXLuH"
-    "G5443dAR3ln5z5UrzNprYccqnISNCRK1C9f88JL84Coc6pZg8MTl7gtcyKxYz0atPMQdltd5C/uRgqwotE++Pwq+JoIv"
-    "+TZf5QUZhr3lRRmDvvQgKzeMsezW7zDgbLJZ1C6dIIU2hbI2qdaJK90ki1sC2sjGlqUVX2+5mu+78phNoF/KQrqCKev9"
-    "e4blcu+dmHPmwK/Honu7Ko+iY4+eO8+KhHxINm2CAgDtED+zGkmYkDDPw0bUD4SqeQvmNPnCqH5xAzAVIsNGg2llNRKj"
-    "KMjzIV+QDwZBmaDUqquqSqfTftatpoYNv2nHq1gUf4LqGnBMi6qm4dQhGUtYFgIIOlII1CCFSJopJ4VAHV/HI2xgLesQ"
-    "gc+E6vhMIBRCOhHa9ARy2iRAAR5ZThaMYRZtRQj4ebCCCelqhiii6xNMRBsbcSIEw0hO2KaORWaLqE00TXWEIKrN1Coy"
-    "BZXcqgs8nAEry00DDAKVgQCKYYeKlpNULcbIO2i1RDMWcwgVfEFEEzZYMEeaaSZxAhbioC6AHE2VyZCCR4btxpBVHVN2"
-    "DtWgxNYwkEAvaW02zoqyqVuYwlqGS4LflWqACyDamHFiNtaJI9QiSbSygFUFYksiVrBFXSSpmEWCviCQVwiliRpPUAmC"
-    "mRYxxLhpwW5eaYFBkmTBtxCs5gtQhJ8IuHdkYhC5jQphHrnB2Y3axEmAtS2LN7MVathakO0Y0uFDJCwrWAjhaj+PWlku"
-    "Au8HTqvF/LoSZ4SamQAcSiwhjFQLagQdASWEWLgV6s+KybXDZzCCrOrgxucGvtzQMuZY9pdFFzdM/6pxbfjGPJ9krF/3"
-    "zQf0jzWHa9GLe9pXnNkcjHyUuvzcFvni2kO/9+nmpLOplpVL+5vq8H0H+ldMLXv2wrvdnQu613SN/25xb3psT+bn5qDn"
-    "675T2/rnpsR7E0++sv9vzTtqy8KWzLVTT0UI2jU/i80HG+Lo+oUdfzWf711dP7JzVLBq86URZuOfY23PnpHHv93ubUxP"
-    "5+6fkV7n3/3Yiau7ejZ9aNXPfOf5WStOcttamn/YN8H2Dde9Y5ZVNXV+f+OhJee2pTorpi3sr/zi9b3JH7d2X572WdfJ"
-    "zkde+3z+MHLNbLr6+Kyt/K5XV+rXB/bse/lo3/Xd3ZeW4pesU8dzHeyHU7++/Oyqw6t7xSPPHCp5ovmN32qe/mRg04z+"
-    "/b3JBbA/qn6jNz5uUs+NJW9/zD5/z8aKKasO97QXcCPgjgJ+MzqEdxThQwz/C4FsApQ="
-)
-
 
 def make_mp4(seed: object = 0, size: int = 100_000) -> bytes:
-    """A playable MP4 of ``size`` bytes; another ``seed`` makes other bytes."""
-    picture = zlib.decompress(base64.b64decode(_PICTURE))
-    padding = random.Random(str(seed)).randbytes(size - len(picture) - 8)
-    return picture + struct.pack(">I4s", len(padding) + 8, b"free") + padding
+    """The boxes of an MP4, ``size`` bytes in all; another ``seed`` makes other bytes."""
+    data = random.Random(str(seed)).randbytes(size - 48)
+    boxes = {b"ftyp": b"isom\0\0\2\0", b"moov": bytes(8), b"mdat": data, b"free": b""}
+    return b"".join(struct.pack(">I4s", 8 + len(x), kind) + x for kind, x in boxes.items())
 
 
 def make_jwt_link(base: str, expires: float) -> str:
@@ -135,6 +114,7 @@ class Reply:
     ranges: bool = True
     if_range: bool = True
     wait_s: float = 0.0  # before the head
+    pause_at: int | None = None  # after so many bytes of the body, until `Cdn.released`
     bytes_per_second: float | None = None
 
 
@@ -142,6 +122,8 @@ class Reply:
 class Request:
     path: str
     headers: Mapping[str, str]
+    client: tuple[str, int]  # the connection it came by
+    at: float  # by the monotonic clock
 
     @property
     def range_start(self) -> int | None:
@@ -153,6 +135,9 @@ def make_etag(body: bytes) -> str:
     return f'"{hashlib.md5(body).hexdigest()}"'
 
 
+AnyCdn = TypeVar("AnyCdn", bound="Cdn")
+
+
 class Cdn:
     """Serves objects on the loopback address and remembers every request."""
 
@@ -160,13 +145,11 @@ class Cdn:
         self.objects: dict[str, bytes] = {}
         self.replies: dict[str, Sequence[Reply]] = {}
         self.requests: list[Request] = []
-        self.connections: list[Any] = []
         self.released = threading.Event()  # ends what hangs
         self._lock = threading.Lock()
-        self._counts: dict[str, int] = {}
+        self._counts = Counter[str]()
         handler = type("Handler", (_CdnHandler,), {"cdn": self})
         self._server = _QuietServer(("127.0.0.1", 0), handler)
-        self._server.connections = self.connections
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -182,34 +165,25 @@ class Cdn:
     def asked(self, name: str) -> list[Request]:
         return [request for request in self.requests if request.path == f"/{name}"]
 
-    def next_reply(self, path: str, headers: Mapping[str, str]) -> Reply | None:
+    def next_reply(self, request: Request) -> Reply | None:
         with self._lock:
-            self.requests.append(Request(path, headers))
-            count = self._counts[path] = self._counts.get(path, 0) + 1
-        replies = self.replies.get(path)
-        return replies[min(count, len(replies)) - 1] if replies else None
+            self.requests.append(request)
+            self._counts[request.path] += 1
+            replies = self.replies.get(request.path)
+            return replies[min(self._counts[request.path], len(replies)) - 1] if replies else None
 
-    def close(self) -> None:
-        self.released.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-    def __enter__(self) -> Cdn:
+    def __enter__(self: AnyCdn) -> AnyCdn:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.released.set()
+        self._server.shutdown()
+        self._server.server_close()
 
 
 class _QuietServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
-
-    connections: list[Any]
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self.connections.append(client_address)
-        super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is what many tests are about."""
@@ -224,23 +198,20 @@ class _CdnHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        reply = self.cdn.next_reply(path, dict(self.headers.items()))
+        headers = dict(self.headers.items())
+        reply = self.cdn.next_reply(Request(path, headers, self.client_address, time.monotonic()))
         if reply is None:
             self.send_error(404)
             return
         self.cdn.released.wait(reply.wait_s)
         whole = self.cdn.objects[path] if reply.body is None else reply.body
-        status, headers, body = self._select(reply, whole)
-        if reply.framing == "chunked":
-            headers["Transfer-Encoding"] = "chunked"
-        elif reply.framing == "close":
-            headers["Connection"] = "close"
-        else:
-            headers["Content-Length"] = str(len(body))
+        status, head, body = self._select(reply, whole)
+        framing = {"chunked": ("Transfer-Encoding", "chunked"), "close": ("Connection", "close")}
+        key, text = framing.get(reply.framing, ("Content-Length", str(len(body))))
         self.send_response(status)
-        for key, value in (headers | dict(reply.headers)).items():
+        for name, value in {**head, key: text, **reply.headers}.items():
             if value is not None:
-                self.send_header(key, value)
+                self.send_header(name, value)
         self.end_headers()
         try:
             self._send(reply, body)
@@ -265,7 +236,10 @@ class _CdnHandler(BaseHTTPRequestHandler):
     def _send(self, reply: Reply, body: bytes) -> None:
         sent = body if reply.send is None else body[: reply.send]
         step = 65536 if reply.bytes_per_second is None else max(1, int(reply.bytes_per_second / 20))
+        step = reply.pause_at or step
         for start in range(0, len(sent), step):
+            if start == reply.pause_at:
+                self.cdn.released.wait(60)
             piece = sent[start : start + step]
             if reply.framing == "chunked":
                 piece = b"%x\r\n%s\r\n" % (len(piece), piece)
@@ -273,8 +247,7 @@ class _CdnHandler(BaseHTTPRequestHandler):
             if reply.bytes_per_second is not None:
                 self.cdn.released.wait(0.05)
         if reply.send is None:
-            if reply.framing == "chunked":
-                self.wfile.write(b"0\r\n\r\n")
+            self.wfile.write(b"0\r\n\r\n" if reply.framing == "chunked" else b"")
             self.close_connection = self.close_connection or reply.framing == "close"
             return
         self.close_connection = True
@@ -304,19 +277,17 @@ def run_script(
     directory: Path, *arguments: str, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """The real script in its own process, in ``directory``, to its end."""
-    process = start_script(directory, *arguments, env=env)
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return finish(start_script(directory, *arguments, env=env))
 
 
 def start_script(
-    directory: Path, *arguments: str, env: Mapping[str, str] | None = None
+    directory: Path,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
+        [*before, sys.executable, str(SCRIPT), *arguments],
         cwd=directory,
         env=script_environment(**env or {}),
         stdout=subprocess.PIPE,
@@ -324,6 +295,16 @@ def start_script(
         text=True,
         encoding="utf-8",
     )
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """What ``process`` printed, and its exit code, when it has come to its end."""
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Traceback" not in out + err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -334,10 +315,9 @@ def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-def make_downloader(output_dir: Path, **settings: Any) -> dsv.VideoDownloader:
-    """A downloader that does not sleep before a retry."""
-    defaults: dict[str, Any] = {"wait": lambda _seconds: None, "timeout": 5.0}
-    return dsv.VideoDownloader(output_dir, **defaults | settings)
+def make_downloader(output_dir: Path, timeout: float = 5.0, **more: Any) -> dsv.VideoDownloader:
+    """A downloader that does not wait long for a server."""
+    return dsv.VideoDownloader(output_dir, timeout=timeout, **more)
 
 
 def assert_whole(output_dir: Path, stub: str, task_id: str, body: bytes) -> None:
@@ -354,17 +334,18 @@ def names_in(directory: Path) -> set[str]:
 
 # --- Builders for what the script decides upon -------------------------------------------------
 
-SMALL = 2_500  # bytes: about the least that `make_mp4` can do
+SMALL = 2_500  # bytes, where the size is all the same
 posix = pytest.mark.skipif(os.name != "posix", reason="no named pipes, no free symbolic links")
 
 
 def make_task(number: int = 0, **overrides: Any) -> dsv.Task:
-    return dsv.read_rows({"task_results": [make_row(number, **overrides)]}).tasks[0]
+    return dsv.task_from_row(make_row(number, **overrides))
 
 
 def make_metadata(task: dsv.Task, name: str = "x.mp4") -> bytes:
     now = datetime(2025, 6, 17, 4, 5, 53, 806609)
-    return dsv.encode_metadata(dsv.build_metadata(task, name, 941873, "ab" * 32, now))
+    info = {"size_bytes": 941873, "size_mb": 0.9, "sha256": "ab" * 32}
+    return dsv.encode_metadata(dsv.build_metadata(task, name, info, now))
 
 
 def strict_json(data: bytes) -> Any:
@@ -393,63 +374,39 @@ def lay_out(directory: Path, entries: Mapping[str, Any]) -> None:
             (directory / name).write_bytes(data)
 
 
+# --- Text for people ---------------------------------------------------------------------------
+
+
+def test_shown_link_is_cut_to_50_characters_without_its_secrets() -> None:
+    for link, shown in {
+        "h.invalid/a.mp4?_jwt=SECRET": "h.invalid/a.mp4",
+        "h.invalid/a#SECRET?SECRET": "h.invalid/a",
+        "SECRET@SECRET@h.invalid/a@b": "h.invalid/a@b",
+        "h.invalid/\x1b[31m\u202e": "h.invalid/?[31m?",
+        "h.invalid/" + "x" * 32 + "?SECRET": "h.invalid/" + "x" * 32,
+        "h.invalid/" + "x" * 33: "h.invalid/" + "x" * 32 + "...",
+    }.items():
+        assert dsv.shown_link(f"https://{link}") == f"https://{shown}"
+
+
 # --- Results files -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("files", "latest_first"),
-    [
-        pytest.param(
-            {"20250101_000000": 9, "20250103_000000": 8, "20250102_000000": 7},
-            ["20250103_000000", "20250102_000000", "20250101_000000"],
-            id="the name, not the modification time",
-        ),
-        pytest.param(
-            {"one": 2, "20250102_000000": 9, "two": 3, "20250103_000000": 1},
-            ["two", "20250103_000000", "one", "20250102_000000"],
-            id="without a time in the name the modification time",
-        ),
-        pytest.param(
-            {"99999999_999999": 2, "20250230_000000": 4, "20250103_000000": 1},
-            ["20250230_000000", "20250103_000000", "99999999_999999"],
-            id="no such date, so the modification time",
-        ),
-        pytest.param(
-            {"night_20250102_000000_copy": 1, "20250101_235959 (2)": 3},
-            ["night_20250102_000000_copy", "20250101_235959 (2)"],
-            id="the time anywhere in the name",
-        ),
-    ],
-)
-def test_latest_goes_by_the_time_in_the_name(
-    tmp_path: Path, files: dict[str, int], latest_first: list[str]
-) -> None:
-    for when, day in files.items():
+def test_latest_goes_by_the_time_in_the_name_else_by_the_modification_time(tmp_path: Path) -> None:
+    days = {"20250101_000000": 9, "night_20250105_000000 (2)": 8, "20250103_000000": 7,
+            "one": 2, "20250230_000000": 4}  # fmt: skip
+    for name, day in days.items():
         modified = datetime(2025, 1, day, 12).timestamp()
-        os.utime(write_results(tmp_path, [], when), (modified, modified))
-    found = dsv.find_results_files([tmp_path])
-    assert [path.stem.removeprefix("runway_polling_results_") for path in found] == latest_first
+        os.utime(write_results(tmp_path, [], name), (modified, modified))
+    (tmp_path / "runway_polling_results_20250109_000000.json").mkdir()
+    (tmp_path / "runway_polling_results_20250109_000000.json.bak").touch()
+    paths = dsv.find_results_files([tmp_path, tmp_path / ".", tmp_path / "missing"])
+    times = ["night_20250105_000000 (2)", "20250230_000000", "20250103_000000", "one"]
+    found = [path.stem.partition("results_")[2] for path in paths]
+    assert found == [*times, "20250101_000000"]
 
 
-@posix
-def test_results_files_are_found_once_in_each_place_and_nothing_else(tmp_path: Path) -> None:
-    here, output = tmp_path, tmp_path / "elsewhere"
-    for directory in (output, here / "video_outputs"):
-        directory.mkdir()
-    wanted = [
-        write_results(here, [], "20250103_000000"),
-        write_results(here / "video_outputs", [], "20250102_000000"),
-        write_results(output, [], "20250101_000000"),
-    ]
-    (here / "runway_polling_results_20250104_000000.json").mkdir()
-    for name in ("loop", "gone"):
-        target = f"runway_polling_results_{name if name == 'loop' else 'nowhere'}.json"
-        (here / f"runway_polling_results_{name}.json").symlink_to(target)
-    for name in ("runway_polling_results.json", "runway_polling_results_1.json.bak"):
-        (here / name).touch()
-    assert make_downloader(output).find_all_polling_results(here) == wanted
-    again = [here, here / "video_outputs" / "..", tmp_path / "missing", wanted[0]]
-    assert dsv.find_results_files(again) == wanted[:1]
+NO_RESULTS = 'is not a polling-results file, which looks like {"task_results": [{"task_id"'
 
 
 @pytest.mark.parametrize(
@@ -459,17 +416,11 @@ def test_results_files_are_found_once_in_each_place_and_nothing_else(tmp_path: P
         pytest.param(os.mkdir, "Is a directory", id="directory", marks=posix),
         pytest.param(b"", "not JSON: Expecting value (line 1, column 1)", id="empty"),
         pytest.param(b'{"a": 1,\n  b}', "(line 2, column 3)", id="comma"),
-        pytest.param(b'{\n\n "a" 1}', "(line 3, column 6)", id="no colon"),
         pytest.param(b"\xef\xbb\xbf{]", "(line 1, column 2)", id="broken behind a mark"),
-        pytest.param(b'{"a": "\x00\x1b[31m"}', "(line 1, column 8)", id="control characters"),
-        pytest.param(b'{"task_results": []} {}', "(line 1, column 22)", id="two documents"),
         pytest.param(b'{"task_results": ["\xe9"]}', "not UTF-8 (byte 19)", id="Latin-1"),
-        pytest.param('{"task_results": []}'.encode("utf-16"), "not UTF-8", id="UTF-16"),
         pytest.param(b"[" * 200_000, "nested too deeply", id="nesting"),
-        pytest.param(b"[]", 'no "task_results" list', id="a list"),
-        pytest.param(b"null", 'no "task_results" list', id="null"),
-        pytest.param(b'{"tasks": []}', 'no "task_results" list', id="other keys"),
-        pytest.param(b'{"task_results": {}}', 'no "task_results" list', id="no list"),
+        pytest.param(b'{"tasks": []}', NO_RESULTS, id="another step's"),
+        pytest.param(b'{"task_results": {}}', NO_RESULTS, id="no list"),
     ],
 )
 def test_broken_results_file_gets_one_line(
@@ -478,25 +429,16 @@ def test_broken_results_file_gets_one_line(
     name = "runway_polling_results_20250617_040158.json"
     lay_out(tmp_path, {} if content is None else {name: content})
     assert make_downloader(tmp_path).load_polling_results(tmp_path / name) == {}
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert name in line
     assert complaint in line
     assert dsv.printable(line) == line
 
 
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\r\n \t"])
-@pytest.mark.parametrize(
-    "seed", ["null", "NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', "[" * 90 + "]" * 90]
-)
-def test_odd_results_file_is_used_and_leaves_sound_metadata(
-    tmp_path: Path, start: bytes, seed: str
-) -> None:
-    row = json.dumps(make_row(3))[:-1] + f', "seed": {seed}}}'
-    path = tmp_path / "results.json"
-    path.write_bytes(start + b'{"task_results": [' + row.encode() + b"]}")
-    (task,) = dsv.read_rows(dsv.read_results(path)).tasks
-    metadata = strict_json(make_metadata(task))
-    assert metadata["runway_task_json"]["task_id"] == make_task_id(3)
+def test_results_file_with_a_byte_order_mark_is_used(tmp_path: Path) -> None:
+    path = write_results(tmp_path, [make_row(3)])
+    path.write_bytes(b"\xef\xbb\xbf\r\n \t" + path.read_bytes())
+    assert dsv.read_results(path)["task_results"] == [make_row(3)]
 
 
 # --- Rows and tasks ----------------------------------------------------------------------------
@@ -505,386 +447,185 @@ def test_odd_results_file_is_used_and_leaves_sound_metadata(
 @pytest.mark.parametrize(
     ("row", "is_task", "complaint"),
     [
-        pytest.param(None, False, "Row 2 is not an object", id="null"),
-        pytest.param("SUCCEEDED", False, "Row 2 is not an object", id="text"),
-        pytest.param([make_row(1)], False, "Row 2 is not an object", id="list"),
-        pytest.param({"final_status": 7}, False, 'Row 2: "final_status"', id="number as status"),
-        pytest.param({"final_status": ["FAILED"]}, False, '"final_status"', id="list as status"),
-        pytest.param(make_row(1, task_id=5), True, '"task_id"', id="number as task_id"),
-        pytest.param(make_row(1, target_filename_stub={}), True, "stub", id="object as stub"),
-        pytest.param(make_row(1, prompt=["a"]), True, '"prompt"', id="list as prompt"),
-        pytest.param(make_row(1, image_path=False), True, '"image_path"', id="bool as path"),
-        pytest.param(make_row(1, video_url=[]), True, '"video_url"', id="list as link"),
-        pytest.param({"final_status": "SUCCEEDED"}, True, '"video_url"', id="nothing else"),
+        pytest.param(None, False, "object", id="null"),
+        pytest.param([make_row(1)], False, "object", id="list"),
+        pytest.param({"final_status": ["FAILED"]}, False, '"final_status"', id="status"),
+        pytest.param(make_row(1, task_id=5), True, '"task_id"', id="task_id"),
+        pytest.param(make_row(1, target_filename_stub={}), True, "stub", id="stub"),
+        pytest.param(make_row(1, prompt=["a"]), True, '"prompt"', id="prompt"),
+        pytest.param(make_row(1, image_path=False), True, '"image_path"', id="path"),
     ],
 )
 def test_hostile_row_is_named_and_costs_no_other_row(
     row: Any, is_task: bool, complaint: str
 ) -> None:
-    batch = dsv.read_rows({"task_results": [make_row(0), row, make_row(2)]})
-    ids = [task.task_id for task in batch.tasks]
-    assert (ids[0], ids[-1]) == (make_task_id(0), make_task_id(2))
-    assert len(ids) == 2 + is_task
-    assert any("Row 2" in problem and complaint in problem for problem in batch.problems)
+    tasks, remarks = dsv.read_rows({"task_results": [make_row(0), row, make_row(2)]})
+    ids = [task.task_id for task in tasks]
+    assert (ids[0], ids[-1], len(ids)) == (make_task_id(0), make_task_id(2), 2 + is_task)
+    assert any("Row 2" in remark and complaint in remark for remark in remarks)
 
 
-def test_tasks_that_did_not_succeed_are_told_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tasks_that_did_not_succeed_are_told_in_one_line() -> None:
     statuses = ["FAILED", None, "CANCELLED", "FAILED", None, "THROTTLED\x1b[31m", None]
     rows = [make_row(i, final_status=status) for i, status in enumerate(statuses)]
-    downloader = make_downloader(tmp_path / "out")
-    assert downloader.process_polling_results_file(write_results(tmp_path, rows)) == 0
-    assert downloader.stats["total_succeeded"] == 0
-    (line,) = (each for each in capsys.readouterr().out.splitlines() if "FAILED" in each)
+    tasks, (line,) = dsv.read_rows({"task_results": rows})
+    assert not tasks
     for count in ("2 FAILED", "1 CANCELLED", "3 still running", "1 THROTTLED?[31m"):
         assert count in line
 
 
 UNUSABLE_LINKS = [
-    pytest.param(None, id="absent"),
-    pytest.param("", id="empty"),
-    pytest.param(5, id="number"),
-    pytest.param(["https://cdn.invalid/a.mp4"], id="list"),
-    pytest.param("cdn.invalid/a.mp4", id="no scheme"),
-    pytest.param("ftp://cdn.invalid/a.mp4", id="ftp"),
-    pytest.param("file:///etc/passwd", id="file"),
-    pytest.param("javascript:alert(1)", id="script"),
-    pytest.param("https://", id="no host"),
-    pytest.param("https:///a.mp4", id="empty host"),
-    pytest.param("https://?_jwt=a", id="query alone"),
-    pytest.param("https://u:p@/a.mp4", id="user alone"),
-    pytest.param("https://cdn.invalid:65536/a.mp4", id="port too high"),
-    pytest.param("https://cdn.invalid:8x/a.mp4", id="port no number"),
-    pytest.param("https://cdn.invalid:٨٠/a.mp4", id="port in other digits"),
-    pytest.param("https://[cdn]/a.mp4", id="brackets around no address"),
-    pytest.param("https://cdn.invalid/a b.mp4", id="space"),
-    pytest.param("https://cdn.invalid/a\r\nX-Header: b", id="header smuggled in"),
-    pytest.param("https://cdn.invalid/\x1b[31m", id="escape"),
-    pytest.param("https://cdn.invalid/\x00", id="NUL"),
-    pytest.param("https://cdn.invalid\\a.mp4", id="backslash"),
-    pytest.param("https://cdn.invalid/\ud800.mp4", id="lone surrogate"),
-]
+    None, "", 5, ["https://cdn.invalid/a.mp4"], "cdn.invalid/a.mp4", "ftp://cdn.invalid/a.mp4",
+    "file:///etc/passwd", "javascript:alert(1)", "https:///a.mp4", "https://?_jwt=a",
+    "https://u:p@/a.mp4", "https://cdn.invalid:8x/a.mp4",
+    "https://[cdn]/a.mp4", "https://cdn.invalid/a b.mp4", "https://cdn.invalid/a\r\nHeader: b",
+    "https://cdn.invalid/\x1b[31m", "https://cdn.invalid/\0", "https://cdn.invalid\\a.mp4",
+    "https://cdn.invalid/\ud800.mp4",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("link", UNUSABLE_LINKS)
-def test_succeeded_task_without_usable_link_is_found_failed_and_named(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    link: object,
+def test_succeeded_tasks_without_usable_link_are_found_failed_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RUNWAYML_API_SECRET", raising=False)
-    rows = [make_row(7, video_url=link)]
-    downloader = make_downloader(tmp_path / "out")
+    rows = [make_row(i, video_url=link) for i, link in enumerate(UNUSABLE_LINKS)]
+    downloader, count = make_downloader(tmp_path / "out"), len(rows)
     assert downloader.get_succeeded_tasks({"task_results": rows}) == []
     assert downloader.process_polling_results_file(write_results(tmp_path, rows)) == 0
-    assert downloader.stats == dsv.empty_stats() | {"total_succeeded": 1, "failed_downloads": 1}
-    lines = capsys.readouterr().out.splitlines()
-    assert any(make_task_id(7)[:8] in line and "video_url" in line for line in lines)
+    stats = downloader.stats
+    assert (stats["total_succeeded"], stats["failed_downloads"]) == (count, count)
+    lines = [line for line in capsys.readouterr().out.splitlines() if '"video_url"' in line]
+    for i in range(count):
+        assert any(f"picture_{i}." in line for line in lines), UNUSABLE_LINKS[i]
     assert names_in(tmp_path / "out") == set()
 
 
-@pytest.mark.parametrize(
-    "link",
-    [
-        "https://dnznrvs05pmza.cloudfront.net/0f3b.mp4?_jwt=a.b.c",
-        "HTTP://CDN.invalid:65535",
-        "https://[2001:db8::1]:8443/a.mp4#t=1",
-        "https://user:secret@cdn.invalid?x=@/y",
+def test_usable_link_is_used_to_the_letter() -> None:
+    for link in (
+        "https://dnznrvs05pmza.cloudfront.net/0f3b.mp4?_jwt=a.b.c", "HTTP://CDN.invalid:65535",
+        "https://[2001:db8::1]:8443/a.mp4#t=1", "https://user:secret@cdn.invalid?x=@/y",
         "https://bücher.invalid/ü.mp4",
-    ],
-)
-def test_usable_link_is_used_to_the_letter(link: str) -> None:
-    assert dsv.usable_link(link) == link
-    assert dsv.usable_link(f" {link}\n") == link
+    ):  # fmt: skip
+        assert dsv.usable_link(link) == dsv.usable_link(f" {link}\n") == link
 
 
 def sign(payload: bytes) -> str:
     return "https://cdn.invalid/a.mp4?_jwt=h." + base64.urlsafe_b64encode(payload).decode() + ".s"
 
 
-@pytest.mark.parametrize(
-    ("link", "expiry"),
-    [
-        pytest.param(make_jwt_link("https://cdn.invalid", 1750300000), 1750300000, id="int"),
-        pytest.param(make_jwt_link("https://cdn.invalid", 1750300000.5), 1750300000.5, id="float"),
-        pytest.param(sign(b'{"exp": 9}').replace("?", "?a=b&") + "&c=d", 9, id="among others"),
-        pytest.param("https://cdn.invalid/a.mp4", None, id="no query"),
-        pytest.param("https://cdn.invalid/a.mp4?my_jwt=h.eyJleHAiOjl9.s", None, id="another name"),
-        pytest.param("https://cdn.invalid/a.mp4?_jwt=", None, id="empty"),
-        pytest.param("https://cdn.invalid/a.mp4?_jwt=a..c", None, id="no payload"),
-        pytest.param("https://cdn.invalid/a.mp4?_jwt=a.x.c", None, id="base64 cut"),
-        pytest.param("https://cdn.invalid/a.mp4?_jwt=a.é!?.c", None, id="not base64"),
-        pytest.param(sign(b"\xff\xfe"), None, id="not UTF-8"),
-        pytest.param(sign(b"exp"), None, id="not JSON"),
-        pytest.param(sign(b"[" * 100_000), None, id="nesting"),
-        pytest.param(sign(b"[1]"), None, id="list"),
-        pytest.param(sign(b'"exp"'), None, id="text"),
-        pytest.param(sign(b"{}"), None, id="no exp"),
-        *(
-            pytest.param(sign(b'{"exp": %s}' % value), None, id=f"exp {value[:9].decode()}")
-            for value in (b"null", b"true", b'"9"', b"[9]", b"0", b"-1", b"NaN", b"Infinity")
-        ),
-        *(
-            pytest.param(sign(b'{"exp": %s}' % value), None, id=f"exp {value[:9].decode()}")
-            for value in (b"1e999", b"253402300800", b"9" * 400, b"9" * 5000)
-        ),
-    ],
-)
-def test_link_expiry_is_read_from_the_token_and_nonsense_is_none(
-    link: str, expiry: float | None
-) -> None:
-    assert dsv.link_expiry(link) == expiry
+NO_EXPIRY = [b"null", b"true", b'"9"', b"0", b"-1", b"NaN", b"1e999", b"253402300800", b"9" * 5000]
+
+
+def test_link_expiry_is_read_from_the_token_and_nonsense_is_none() -> None:
+    for expiry in (1750300000, 1750300000.5):
+        assert dsv.link_expiry(make_jwt_link("https://cdn.invalid", expiry)) == expiry
+    assert dsv.link_expiry(sign(b'{"exp": 9}').replace("?", "?a=b&") + "&c=d") == 9
+    for query in ("", "?my_jwt=h.eyJleHAiOjl9.s", "?_jwt=", "?_jwt=a..c", "?_jwt=a.é!?.c"):
+        assert dsv.link_expiry(f"https://cdn.invalid/a.mp4{query}") is None, query
+    nonsense = [b"\xff\xfe", b"exp", b"[1]", b"{}", b"[" * 100_000]
+    for payload in (*nonsense, *(b'{"exp": %s}' % value for value in NO_EXPIRY)):
+        assert dsv.link_expiry(sign(payload)) is None, payload[:20]
+
+
+FRESH, STALE = (f"https://cdn.invalid/a.mp4?_jwt={token}" for token in ("fresh", "stale"))
+ANOTHER = "https://cdn.invalid/b.mp4"
 
 
 @pytest.mark.parametrize(
-    ("link", "shown"),
+    ("rows", "links"),
     [
-        ("https://h.invalid/a.mp4?_jwt=SECRET", "https://h.invalid/a.mp4"),
-        ("https://h.invalid?SECRET", "https://h.invalid"),
-        ("https://h.invalid/a#SECRET?SECRET", "https://h.invalid/a"),
-        ("https://user:SECRET@h.invalid/a@b", "https://h.invalid/a@b"),
-        ("https://SECRET@SECRET@h.invalid/a", "https://h.invalid/a"),
-        ("https://h.invalid/\x1b[31m\u202e", "https://h.invalid/?[31m?"),
-        ("https://h.invalid/" + "x" * 32 + "?SECRET", "https://h.invalid/" + "x" * 32),
-        ("https://h.invalid/" + "x" * 33, "https://h.invalid/" + "x" * 32 + "..."),
-    ],
-)
-def test_shown_link_is_cut_to_50_characters_without_its_secrets(link: str, shown: str) -> None:
-    assert dsv.shown_link(link) == shown
-
-
-LINKS = ["https://cdn.invalid/a.mp4?_jwt=new", "https://cdn.invalid/a.mp4?_jwt=old"]
-OTHER_LINK = "https://cdn.invalid/b.mp4"
-
-
-@pytest.mark.parametrize(
-    ("files", "links"),
-    [
-        pytest.param(
-            [[{"video_url": LINKS[0]}], [{"video_url": LINKS[1]}]], LINKS[:1], id="two files"
-        ),
-        pytest.param(
-            [[{"video_url": LINKS[0]}, {"video_url": LINKS[1]}]], LINKS[:1], id="one file"
-        ),
-        pytest.param(
-            [[{"video_url": None}], [{"video_url": OTHER_LINK}]], [OTHER_LINK], id="latest has none"
-        ),
-        pytest.param(
-            [[{"video_url": LINKS[0]}], [{"video_url": OTHER_LINK}]], LINKS[:1], id="moved"
-        ),
-        pytest.param(
-            [[{"task_id": "a", "video_url": LINKS[0]}], [{"task_id": "b", "video_url": LINKS[0]}]],
-            [LINKS[0], LINKS[0]],
-            id="other tasks with one link and stub",
-        ),
-        pytest.param(
-            [[{"task_id": None, "video_url": link}] for link in LINKS], LINKS[:1], id="no id"
-        ),
-        pytest.param(
-            [[{"task_id": "", "video_url": LINKS[0]}], [{"task_id": "", "video_url": OTHER_LINK}]],
-            [LINKS[0], OTHER_LINK],
-            id="no id, other link",
-        ),
-        pytest.param([[{"task_id": None, "video_url": None}] * 2], ["", ""], id="neither"),
+        pytest.param([("a", FRESH), ("a", STALE)], [FRESH], id="the latest"),
+        pytest.param([("a", None), ("a", STALE)], [STALE], id="the latest has none"),
+        pytest.param([("a", FRESH), ("a", ANOTHER)], [FRESH], id="moved"),
+        pytest.param([("a", FRESH), ("b", FRESH)], [FRESH, FRESH], id="other tasks, one link"),
+        pytest.param([(None, FRESH), (None, STALE), ("", ANOTHER)], [FRESH, ANOTHER], id="no id"),
+        pytest.param([(None, None), (None, None)], ["", ""], id="neither"),
     ],
 )
 def test_task_in_several_rows_counts_once_with_its_freshest_link(
-    files: list[list[dict[str, Any]]], links: list[str]
+    rows: list[tuple[str | None, str | None]], links: list[str]
 ) -> None:
-    batches = [[make_task(**row) for row in rows] for rows in files]
-    assert [task.link for task in dsv.merge_tasks(batches)] == links
+    tasks = [make_task(task_id=task_id, video_url=link) for task_id, link in rows]
+    assert [task.link for task in dsv.merge_tasks(tasks)] == links
 
 
 # --- Names -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "stub",
-    [
-        "elegant_business_classic_tt_video",
-        "Ein schönes Bild (2), final!",
-        "日本語の動画🎬",
-        "cafe\N{COMBINING ACUTE ACCENT}",
-        "a.b.mp4",
-        "trailing dot.",
-        "console",
-        "COM10",
-        "nul_video",
-        "runway_polling",
-        " inner and outer ",
-        "x" * 250,
-        "é" * 125,
-    ],
-)
-def test_ordinary_stub_is_used_to_the_letter(tmp_path: Path, stub: str) -> None:
-    task = make_row(target_filename_stub=stub)
-    assert make_downloader(tmp_path).generate_filename_stub(task) == stub
+ORDINARY_STUBS = [
+    "elegant_business_classic_tt_video", "Ein schönes Bild (2), final!", "日本語の動画🎬",
+    "cafe\u0301", "a.b.mp4", "trailing dot.", "COM10", "nul_video", " in and out ",
+    "x" * 250, "é" * 125,
+]  # fmt: skip
 
 
-HOSTILE_STUBS = {
-    "separators": "a/b\\c",
-    "upwards": "../../../../tmp/up",
-    "upwards on Windows": "..\\..\\up",
-    "absolute": "/etc/passwd",
-    "drive": "C:\\up",
-    "alternate stream": "file:stream",
-    "dot": ".",
-    "dots": "..",
-    "three dots": "...",
-    "hidden": ".hidden",
-    "NUL character": "a\0b",
-    "newlines": "a\r\nb\n",
-    "escapes": "\x1b[31mred\x1b]0;title\x07",
-    "C1 control": "a\x9b31mb",
-    "delete": "a\x7fb",
-    "wildcards": '<>:"|?*',
-    "lone surrogates": "a\ud800b\udfff",
-    "400 characters": "x" * 400,
-    "400 characters in 3 bytes": "語" * 400,
-    "400 characters in 4 bytes": "🎬" * 400,
-    "bytes cut in a character": "a" + "é" * 200,
-    "reserved": "CON",
-    "reserved, small": "nul",
-    "reserved with suffix": "aux.tar.gz",
-    "reserved with spaces": "LPT1  .x",
-    "reserved, high digit": "COM¹",
-    "reserved device": "CONIN$",
-    "reserved behind a cut": "PRN." + "x" * 400,
-    "direction": "photo\u202egpj.exe\u2066",
-    "line separators": "a\u2028b\u2029c",
-    "byte order mark": "\ufeffname",
-    "like results": "runway_polling_results_20991231_235959",
-}
-_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+def test_ordinary_stub_is_used_to_the_letter(tmp_path: Path) -> None:
+    stub_of = make_downloader(tmp_path).generate_filename_stub
+    assert [stub_of(make_row(target_filename_stub=stub)) for stub in ORDINARY_STUBS] == (
+        ORDINARY_STUBS
+    )
+
+
+HOSTILE_STUBS = [
+    "a/b\\c", "../../../../tmp/up", "/etc/passwd", "C:\\up", "..", ".hidden", "a\0b", "a\r\nb\n",
+    "\x1b[31mred\x1b]0;title\x07", "a\x9b31m\x7fb", '<>:"|?*', "a\ud800b\udfff",
+    "photo\u202egpj.exe\u2066", "a\u2028b\u2029c", "\ufeffname",
+    "x" * 400, "🎬" * 400, "a" + "é" * 200, "PRN." + "x" * 400,
+    "nul", "aux.tar.gz", "LPT1  .x", "COM¹", "CONIN$", "runway_polling_results_20991231_235959",
+]  # fmt: skip
+WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{digit}" for port in ("COM", "LPT") for digit in "0123456789¹²³"
 }
 
 
-@pytest.mark.parametrize("stub", HOSTILE_STUBS.values(), ids=HOSTILE_STUBS.keys())
-def test_hostile_stub_becomes_a_name_for_any_file_system(stub: str) -> None:
-    name = dsv.safe_stub(stub)
-    assert name
+def assert_name_for_any_file_system(name: str) -> None:
     assert not set(name) & set('<>:"/\\|?*')
-    assert not name.startswith(".")
-    assert name.split(".")[0].rstrip(" ").upper() not in _WINDOWS_DEVICES
-    assert len(f"{name}.json".encode()) <= 255
-    forbidden = {"Cc", "Cs", "Zl", "Zp"}
-    assert not forbidden & {unicodedata.category(char) for char in name}
-    directing = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-    assert not directing & {unicodedata.bidirectional(char) for char in name}
-    assert not name.startswith("runway_polling_results_")  # the metadata would pass for results
-    assert dsv.safe_stub(name) == name
+    assert not name.startswith((".", "runway_polling_results_"))
+    assert name.split(".")[0].rstrip(" ").upper() not in WINDOWS_DEVICES
+    assert len(name.encode()) <= 255
+    assert not {"Cc", "Cs", "Zl", "Zp"} & {unicodedata.category(char) for char in name}
+    assert not {"RLO", "LRI"} & {unicodedata.bidirectional(char) for char in name}
 
 
 def test_videos_with_hostile_stubs_are_saved_flat_and_whole(tmp_path: Path, cdn: Cdn) -> None:
-    bodies = {make_task_id(i): make_mp4(i, SMALL) for i in range(len(HOSTILE_STUBS))}
+    bodies = [make_mp4(stub.encode(errors="replace"), SMALL) for stub in HOSTILE_STUBS]
+    links = [cdn.add(f"{i}.mp4", body) for i, body in enumerate(bodies)]
     rows = [
-        make_row(i, target_filename_stub=stub, video_url=cdn.add(f"{i}.mp4", body))
-        for i, (stub, body) in enumerate(zip(HOSTILE_STUBS.values(), bodies.values(), strict=True))
+        make_row(i, target_filename_stub=stub, video_url=links[i])
+        for i, stub in enumerate(HOSTILE_STUBS)
     ]
-    output = tmp_path / "in" / "out"
     results = write_results(tmp_path, rows)
-    assert make_downloader(output).process_polling_results_file(results) == len(rows)
-    assert names_in(tmp_path) == {"in", results.name}
-    assert names_in(tmp_path / "in") == {"out"}
-    videos = [name for name in names_in(output) if name.endswith(".mp4")]
-    assert len(videos) == len(rows) == len(names_in(output)) / 2
-    for name in videos:
-        metadata = strict_json((output / f"{name[:-4]}.json").read_bytes())
-        body = bodies[metadata["runway_task_json"]["task_id"]]
-        assert_whole(output, name[:-4], metadata["runway_task_json"]["task_id"], body)
-    assert make_downloader(output).process_polling_results_file(results) == len(rows)
-    assert len(cdn.requests) == len(rows)
+    for _ in range(2):
+        downloader = make_downloader(tmp_path / "in" / "out")
+        assert downloader.process_polling_results_file(results) == len(rows)
+    assert (names_in(tmp_path), names_in(tmp_path / "in")) == ({"in", results.name}, {"out"})
+    names = owners(downloader.output_dir)
+    assert len(names_in(downloader.output_dir)) == 2 * len(names) == 2 * len(cdn.requests)
+    for i, body in enumerate(bodies):
+        assert_name_for_any_file_system(f"{names[make_task_id(i)]}.json")
+        assert_whole(downloader.output_dir, names[make_task_id(i)], make_task_id(i), body)
 
 
-@pytest.mark.parametrize(
-    ("task", "stub"),
-    [
-        ({"task_id": "def45678-90ab"}, "video_def45678"),
-        ({"task_id": "abc"}, "video_abc"),
-        ({}, "video_unknown"),
-        ({"task_id": ""}, "video_unknown"),
-        ({"task_id": 12345678}, "video_unknown"),
-        ({"task_id": "def45678-90ab", "target_filename_stub": ""}, "video_def45678"),
-        ({"task_id": "def45678-90ab", "target_filename_stub": "  "}, "video_def45678"),
-        ({"task_id": "def45678-90ab", "target_filename_stub": ["a"]}, "video_def45678"),
-    ],
-)
-def test_default_stub_is_made_of_the_task_id(
-    tmp_path: Path, task: dict[str, Any], stub: str
-) -> None:
-    assert make_downloader(tmp_path).generate_filename_stub(task) == stub
+def test_default_stub_is_made_of_the_task_id(tmp_path: Path) -> None:
+    stub_of = make_downloader(tmp_path).generate_filename_stub
+    for stub in (None, "  ", ["a"]):
+        row = make_row(task_id="def45678-90ab", target_filename_stub=stub)
+        assert stub_of(row) == "video_def45678"
+    for task_id in (None, 12345678):
+        assert stub_of(make_row(task_id=task_id, target_filename_stub="")) == "video_unknown"
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "same"),
-    [
-        ("Video", "vIDEO", True),
-        ("ÉTÉ", "été", True),
-        ("caf\u00e9", "cafe\u0301", True),
-        ("CAFE\u0301", "caf\u00e9", True),
-        ("\u212bngström", "\u00e5NGSTRÖM", True),
-        ("video_1", "video_2", False),
-        ("cafe", "café", False),
-        ("a b", "a_b", False),
-    ],
-)
-def test_names_equal_but_for_case_or_unicode_form_are_one(one: str, other: str, same: bool) -> None:
-    assert (dsv.fold(one) == dsv.fold(other)) is same
+def test_another_task_with_the_stub_gets_its_id_behind_it() -> None:
+    for stub, names in {
+        "s": ["s_f645e2df", "s_f645e2df_2", "s_f645e2df_3"],
+        "x" * 400: ["x" * 241 + "_f645e2df", "x" * 239 + "_f645e2df_2"],
+        "語" * 400: ["語" * 80 + "_f645e2df"],
+    }.items():
+        task = make_task(target_filename_stub=stub, task_id="f645e2df-b639")
+        assert list(islice(dsv.stubs_with_id(task), len(names))) == names
 
 
-@pytest.mark.parametrize(
-    ("row", "names"),
-    [
-        pytest.param(
-            {"target_filename_stub": "s", "task_id": "f645e2df-b639"},
-            ["s", "s_f645e2df", "s_f645e2df_2", "s_f645e2df_3"],
-            id="with the id, then numbers",
-        ),
-        pytest.param(
-            {"target_filename_stub": "x" * 400, "task_id": "f645e2df-b639"},
-            ["x" * 250, "x" * 241 + "_f645e2df", "x" * 239 + "_f645e2df_2"],
-            id="as long as a name may be",
-        ),
-        pytest.param(
-            {"target_filename_stub": "語" * 400, "task_id": "f645e2df-b639"},
-            ["語" * 83, "語" * 80 + "_f645e2df"],
-            id="no character cut",
-        ),
-    ],
-)
-def test_another_task_with_the_stub_gets_its_id_behind_it(
-    row: dict[str, Any], names: list[str]
-) -> None:
-    assert list(islice(dsv.candidate_stubs(make_task(**row)), len(names))) == names
-
-
-# --- Shards ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 64])
-def test_shards_part_all_tasks_by_their_stub(count: int) -> None:
-    shards = [dsv.Shard(number, count) for number in range(1, count + 1)]
-    for i in range(50):
-        tasks = [
-            make_task(i, target_filename_stub=stub, task_id=task_id)
-            for stub in (f"Picture_{i}", f"picture_{i}")
-            for task_id in (make_task_id(i), None)
-        ]
-        holders = [[shard for shard in shards if shard.holds(task.stub)] for task in tasks]
-        assert len(holders[0]) == 1
-        assert all(each == holders[0] for each in holders)
-
-
-def test_shards_are_about_equal() -> None:
-    tasks = [make_task(i) for i in range(1000)]
-    sizes = [sum(dsv.Shard(n, 4).holds(task.stub) for task in tasks) for n in range(1, 5)]
-    assert min(sizes) > 200
-
-
-# --- MP4 structure -----------------------------------------------------------------------------
+# --- What a file is, by its bytes --------------------------------------------------------------
 
 
 def box(kind: bytes, payload: bytes = b"", size: int | None = None) -> bytes:
@@ -896,589 +637,64 @@ def long_box(kind: bytes, payload: bytes = b"", size: int | None = None) -> byte
     return struct.pack(">I4sQ", 1, kind, size) + payload
 
 
+WHOLE = make_mp4(0, SMALL)
 FTYP = box(b"ftyp", b"isom\0\0\2\0isomiso2")
+WEBM = b"\x1aE\xdf\xa3\x9fB\x86\x81\1B\xf7\x81\1B\xf2\x81\4B\xf3\x81\x08B\x82\x84webm"
 
 
 @pytest.mark.parametrize(
     ("body", "content"),
     [
-        pytest.param(make_mp4(0, SMALL), "WHOLE_MP4", id="a real one"),
-        pytest.param(FTYP + box(b"mdat", b"12345"), "WHOLE_MP4", id="to the end"),
-        pytest.param(FTYP + box(b"free"), "WHOLE_MP4", id="empty box at the end"),
-        pytest.param(FTYP + box(b"mdat", b"12345", size=0), "WHOLE_MP4", id="size 0: all the rest"),
-        pytest.param(FTYP + long_box(b"mdat", b"12345"), "WHOLE_MP4", id="64 bit"),
-        pytest.param(FTYP + box(b"moov", b"12345", size=14), "CUT_MP4", id="a byte short"),
-        pytest.param(FTYP + box(b"mdat", b"1", size=2**32 - 1), "CUT_MP4", id="far too short"),
-        pytest.param(FTYP + long_box(b"mdat", b"1", size=2**64 - 1), "CUT_MP4", id="64 bit, short"),
-        pytest.param(FTYP + box(b"mdat", size=7), "ODD_MP4", id="size below a header"),
-        pytest.param(FTYP + long_box(b"mdat", size=15), "ODD_MP4", id="64 bit, below a header"),
-        pytest.param(b"\xff" * 600, "OTHER", id="something else"),
-        pytest.param(b"RIFF\0\0\0\0AVI LIST", "OTHER", id="another format"),
-        pytest.param(b"<html><body>Forbidden", "ERROR_PAGE", id="HTML"),
-        pytest.param(b"\xef\xbb\xbf\r\n<!DOCTYPE html>", "ERROR_PAGE", id="HTML behind a mark"),
-        pytest.param(b'<?xml version="1.0"?><Error/>', "ERROR_PAGE", id="XML"),
-        pytest.param(b'{"error": "expired"}', "ERROR_PAGE", id="JSON"),
-        pytest.param(b"{}", "ERROR_PAGE", id="empty JSON"),
-        pytest.param(b'[{"error": 1}]', "ERROR_PAGE", id="JSON list"),
+        pytest.param(WHOLE, "WHOLE", id="a real one"),
+        pytest.param(FTYP + box(b"free"), "WHOLE", id="empty box at the end"),
+        pytest.param(FTYP + box(b"mdat", b"12345", size=0), "WHOLE", id="size 0: all the rest"),
+        pytest.param(FTYP + long_box(b"mdat", b"12345"), "WHOLE", id="64 bit"),
+        pytest.param(box(b"wide") + box(b"mdat", b"1") + box(b"moov"), "WHOLE", id="old MOV"),
+        pytest.param(FTYP + box(b"moov", b"12345", size=14), "CUT", id="a byte short"),
+        pytest.param(FTYP + long_box(b"mdat", b"1", size=2**64 - 1), "CUT", id="64 bit, short"),
+        pytest.param(WHOLE + bytes(4), "SURPLUS", id="4 zero bytes behind"),
+        pytest.param(WHOLE + b"<html>Bye</html>", "SURPLUS", id="text behind"),
+        pytest.param(WEBM, "OTHER", id="WebM"),
+        pytest.param(b"GIF89a\1\0\1\0\x80\0\0\xff\xff\xff", "OTHER", id="GIF"),
+        pytest.param(b"", "ZEROS", id="empty"),
+        pytest.param(b"\0", "ZEROS", id="a zero byte"),
+        pytest.param(bytes(200_000), "ZEROS", id="zeros"),
+        pytest.param(b"\xef\xbb\xbf\r\n<!DOCTYPE html>", "TEXT", id="HTML behind a mark"),
+        pytest.param(b'<?xml version="1.0"?><Error/>', "TEXT", id="XML"),
+        pytest.param(b'{"error": "expired"}', "TEXT", id="JSON"),
+        pytest.param(b"#EXTM3U\n#EXT-X-VERSION:3\n", "TEXT", id="playlist"),
+        pytest.param(b"Access denied", "TEXT", id="a sentence"),
+        pytest.param(b"x", "TEXT", id="a letter"),
+        pytest.param("Zugriff verweigert: für".encode("latin-1"), "TEXT", id="Latin-1"),
+        pytest.param("Access denied".encode("utf-16"), "TEXT", id="UTF-16"),
+        pytest.param(b"Access denied. " * 10_000, "TEXT", id="long text"),
     ],
 )
-def test_content_is_told_by_its_boxes_and_first_bytes(body: bytes, content: str) -> None:
+def test_the_bytes_decide_what_a_file_is(body: bytes, content: str) -> None:
     assert dsv.inspect(io.BytesIO(body), len(body)) is dsv.Content[content]
+    assert dsv.Content[content].is_video is (content in ("WHOLE", "SURPLUS", "OTHER"))
 
 
 def test_mp4_cut_at_any_byte_inside_a_box_is_seen() -> None:
     boxes = [FTYP, long_box(b"mdat", b"12345"), box(b"free"), box(b"moov", b"123")]
-    body = b"".join(boxes)
-    ends = {sum(map(len, boxes[:count])) for count in range(1, len(boxes) + 1)}
+    body, ends = b"".join(boxes), [sum(map(len, boxes[:count])) for count in range(1, 5)]
     for size in range(1, len(body) + 1):
         content = dsv.inspect(io.BytesIO(body[:size]), size)
-        expected = dsv.Content.WHOLE_MP4 if size in ends else dsv.Content.CUT_MP4
-        assert content is expected, f"cut to {size} bytes"
-
-
-# --- The plan ----------------------------------------------------------------------------------
-
-MINE = make_task(0, target_filename_stub="s", task_id="f645e2df-b639")
-OTHERS = make_task(1, target_filename_stub="s")
-WHOLE = make_mp4(0, SMALL)
-ALL_OURS = {"s.json": MINE, "s.mp4": WHOLE}
-ALL_OTHERS = {"s.json": OTHERS, "s.mp4": WHOLE}
-SECOND = "s_f645e2df"
-FOREIGN_JSON = {
-    "list": b"[]",
-    "null": b"null",
-    "object": b'{"task_id": "f645e2df-b639"}',
-    "other types": b'{"runway_task_json": [1]}',
-    "no id": b'{"runway_task_json": {"task_id": 5}}',
-    "cut": b'{"runway_task_json": {"task_id": "f645e2df-b639"',
-    "empty": b"",
-    "binary": b"\xff\xfe\0",
-    "nesting": b"[" * 200_000,
-    "directory": os.mkdir,
-}
-
-
-@pytest.mark.parametrize(
-    ("entries", "action", "stub"),
-    [
-        pytest.param({}, "DOWNLOAD", "s", id="nothing there"),
-        pytest.param(ALL_OURS, "KEEP", "s", id="there already"),
-        pytest.param(ALL_OURS | {"s.mp4": b"edited"}, "KEEP", "s", id="edited in place"),
-        pytest.param(ALL_OURS | {"s.mp4": WHOLE[:-1]}, "KEEP", "s", id="cut, but has metadata"),
-        pytest.param({"s.json": MINE}, "DOWNLOAD", "s", id="metadata without video"),
-        pytest.param(ALL_OURS | {"s.mp4": b""}, "DOWNLOAD", "s", id="zero bytes, has metadata"),
-        pytest.param({"s.mp4": b""}, "DOWNLOAD", "s", id="zero bytes"),
-        pytest.param({"s.mp4": WHOLE[:-1]}, "DOWNLOAD", "s", id="cut MP4 without metadata"),
-        pytest.param({"s.mp4": WHOLE[:2]}, "DOWNLOAD", "s", id="MP4 cut to 2 bytes"),
-        pytest.param({"s.mp4": WHOLE}, "ADOPT", "s", id="whole without metadata"),
-        pytest.param({"s.mp4": b"RIFF...."}, "ADOPT", "s", id="no MP4, without metadata"),
-        pytest.param({"s.mp4": b"<html>"}, "DOWNLOAD", SECOND, id="error page named mp4"),
-        pytest.param({"s.mp4": os.mkdir}, "DOWNLOAD", SECOND, id="directory named mp4"),
-        pytest.param(ALL_OTHERS, "DOWNLOAD", SECOND, id="another task's"),
-        pytest.param({"s.json": OTHERS}, "DOWNLOAD", SECOND, id="another task's, no video yet"),
-        *(
-            pytest.param(
-                {"s.json": content, "s.mp4": WHOLE}, "DOWNLOAD", SECOND, id=f"foreign: {name}"
-            )
-            for name, content in FOREIGN_JSON.items()
-        ),
-        pytest.param({"S.json": OTHERS, "S.mp4": WHOLE}, "DOWNLOAD", SECOND, id="another case"),
-        pytest.param({"S.json": MINE, "S.mp4": WHOLE}, "KEEP", "S", id="ours in another case"),
-        pytest.param({"S.mp4": WHOLE}, "DOWNLOAD", SECOND, id="whole video in another case"),
-        pytest.param(
-            ALL_OTHERS | {f"{SECOND}.json": MINE, f"{SECOND}.mp4": WHOLE},
-            "KEEP",
-            SECOND,
-            id="under the second name",
-        ),
-        pytest.param(
-            {f"{SECOND}.json": MINE, f"{SECOND}.mp4": WHOLE},
-            "KEEP",
-            SECOND,
-            id="under the second name, the first free again",
-        ),
-        pytest.param(
-            {f"{SECOND}.json": MINE}, "DOWNLOAD", SECOND, id="metadata under the second name"
-        ),
-        pytest.param(
-            ALL_OTHERS | {f"{SECOND}.mp4": WHOLE}, "ADOPT", SECOND, id="whole under the second name"
-        ),
-        pytest.param(
-            ALL_OTHERS | {f"{SECOND}.json": b"[]"}, "DOWNLOAD", f"{SECOND}_2", id="both names taken"
-        ),
-        pytest.param(
-            {f"{SECOND}.json": b"[]", f"{SECOND}_2.json": MINE, f"{SECOND}_2.mp4": WHOLE},
-            "KEEP",
-            f"{SECOND}_2",
-            id="under the third name, the first free again",
-        ),
-        pytest.param(
-            ALL_OURS | {f"{SECOND}.json": MINE, f"{SECOND}.mp4": b""}, "KEEP", "s", id="twice"
-        ),
-        pytest.param(
-            {"s.json": MINE, f"{SECOND}.json": MINE, f"{SECOND}.mp4": WHOLE},
-            "KEEP",
-            SECOND,
-            id="the finished one of two",
-        ),
-    ],
-)
-def test_plan_follows_from_what_is_on_disk(
-    tmp_path: Path, entries: dict[str, Any], action: str, stub: str
-) -> None:
-    lay_out(tmp_path, entries)
-    plan = dsv.plan_task(MINE, dsv.Shelf(tmp_path), {})
-    assert (plan.action, plan.stub) == (dsv.Action[action], stub)
-    assert names_in(tmp_path) == set(entries)
-
-
-def make_pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def point_to(target: str) -> Callable[[Path], None]:
-    return lambda path: path.symlink_to(target)
-
-
-@posix
-@pytest.mark.parametrize(
-    ("entries", "action", "stub"),
-    [
-        pytest.param({"s.json": make_pipe}, "DOWNLOAD", SECOND, id="pipe named json"),
-        pytest.param({"s.mp4": make_pipe}, "DOWNLOAD", SECOND, id="pipe named mp4"),
-        pytest.param({"s.mp4": point_to("gone")}, "DOWNLOAD", SECOND, id="link to nothing"),
-        pytest.param({"s.mp4": point_to("s.mp4")}, "DOWNLOAD", SECOND, id="link to itself"),
-        pytest.param({"v": WHOLE, "s.mp4": point_to("v")}, "ADOPT", "s", id="link to a video"),
-        pytest.param(
-            {"v": WHOLE, "s.mp4": point_to("v"), "s.json": MINE}, "KEEP", "s", id="ours, linked"
-        ),
-    ],
-)
-def test_plan_neither_hangs_on_pipes_nor_trips_over_links(
-    tmp_path: Path, entries: dict[str, Any], action: str, stub: str
-) -> None:
-    test_plan_follows_from_what_is_on_disk(tmp_path, entries, action, stub)
-
-
-def test_task_without_id_owns_its_video_by_the_link(tmp_path: Path) -> None:
-    links = ("https://cdn.invalid/a.mp4?_jwt=old", "https://cdn.invalid/a.mp4?_jwt=fresh")
-    old, fresh = (make_task(task_id=None, video_url=link) for link in links)
-    other = make_task(task_id=None, video_url="https://cdn.invalid/b.mp4?_jwt=old")
-    lay_out(tmp_path, {f"{old.stub}.json": old, f"{old.stub}.mp4": WHOLE})
-    shelf = dsv.Shelf(tmp_path)
-    assert dsv.plan_task(fresh, shelf, {}).action is dsv.Action.KEEP
-    plan = dsv.plan_task(other, shelf, {})
-    assert plan.action is dsv.Action.DOWNLOAD
-    assert plan.stub.startswith(f"{other.stub}_")
-
-
-@pytest.mark.parametrize(
-    "stubs",
-    [
-        pytest.param(["s", "s", "s"], id="equal"),
-        pytest.param(["Same", "same", "SAME"], id="but for case"),
-        pytest.param(["caf\u00e9", "cafe\u0301"], id="but for Unicode form"),
-        pytest.param(["a/b", "a\\b", "a_b"], id="made equal"),
-        pytest.param(["x" * 300, "x" * 400], id="cut to be equal"),
-        pytest.param(["s", "s", f"s_{make_task_id(1)[:8]}"], id="equal to another's second name"),
-    ],
-)
-def test_tasks_that_want_one_name_each_get_their_own(tmp_path: Path, stubs: list[str]) -> None:
-    tasks = [make_task(i, target_filename_stub=stub) for i, stub in enumerate(stubs)]
-    plans = dsv.plan_all(tasks, dsv.Shelf(tmp_path), {})
-    assert plans[0].stub == dsv.safe_stub(stubs[0])
-    assert len({dsv.fold(plan.stub) for plan in plans}) == len(stubs)
-    assert all(plan.action is dsv.Action.DOWNLOAD for plan in plans)
-    for plan in plans:
-        lay_out(tmp_path, {f"{plan.stub}.json": plan.task, f"{plan.stub}.mp4": WHOLE})
-    again = dsv.plan_all(reversed(tasks), dsv.Shelf(tmp_path), {})
-    assert [plan.stub for plan in reversed(again)] == [plan.stub for plan in plans]
-    assert all(plan.action is dsv.Action.KEEP for plan in again)
-
-
-def test_two_tasks_with_one_orphan_between_them_do_not_both_adopt_it(tmp_path: Path) -> None:
-    lay_out(tmp_path, {"s.mp4": WHOLE})
-    plans = dsv.plan_all([MINE, OTHERS], dsv.Shelf(tmp_path), {})
-    assert [plan.action for plan in plans] == [dsv.Action.ADOPT, dsv.Action.DOWNLOAD]
-
-
-def owners(directory: Path) -> dict[str, str]:
-    """The name of each task's video."""
-    found = {}
-    for path in directory.glob("*.json"):
-        task_id = json.loads(path.read_bytes())["runway_task_json"]["task_id"]
-        assert path.with_suffix(".mp4").exists()
-        assert task_id not in found
-        found[task_id] = path.stem
-    return found
-
-
-def test_61_tasks_over_21_stubs_keep_their_names_over_two_nights(tmp_path: Path, cdn: Cdn) -> None:
-    nights: list[list[dict[str, Any]]] = [
-        [
-            make_row(
-                i,
-                target_filename_stub=f"style_{i % 61 % 21}_tt_video",
-                video_url=cdn.add(f"{i}.mp4", make_mp4(i, SMALL)),
-            )
-            for i in range(61 * night, 61 * night + 61)
-        ]
-        for night in range(2)
-    ]
-    output = tmp_path / "video_outputs"
-    write_results(tmp_path, nights[0], "20250617_040158")
-    assert run_script(tmp_path).returncode == 0
-    first = owners(output)
-    assert len(first) == 61
-    assert {f"style_{i}_tt_video" for i in range(21)} < set(first.values())
-    write_results(tmp_path, nights[1], "20250618_040158")
-    assert run_script(tmp_path).returncode == 0
-    both = owners(output)
-    assert len(both) == 122
-    assert both.items() > first.items()
-    for _ in range(2):
-        assert run_script(tmp_path, "--all").returncode == 0
-        assert owners(output) == both
-    for i in range(122):
-        assert_whole(output, both[make_task_id(i)], make_task_id(i), make_mp4(i, SMALL))
-        assert len(cdn.asked(f"{i}.mp4")) == 1
-
-
-def test_61_tasks_over_21_stubs_come_home_from_two_nights_at_once(tmp_path: Path) -> None:
-    tasks = [make_task(i, target_filename_stub=f"style_{i % 61 % 21}") for i in range(122)]
-    names = [plan.stub for plan in dsv.plan_all(tasks, dsv.Shelf(tmp_path), {})]
-    wanted = [task.stub for task in tasks]
-    ids = [task.task_id[:8] for task in tasks]
-    assert names[:21] == wanted[:21]
-    assert names[21:] == [f"{stub}_{i}" for stub, i in zip(wanted[21:], ids[21:], strict=True)]
-    assert len(set(names)) == 122
-
-
-# --- What an answer's head says ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "length"),
-    [
-        ("941873", 941873), (" 0 ", 0), ("5, 5", 5), ("007", 7), ("5, 6", None), (None, None),
-        ("", None), ("-1", None), ("+5", None), ("1e3", None), ("1_0", None), ("5.0", None),
-        ("0x10", None), ("٥", None), ("9" * 5000, None), ("5 5", None), ("five", None),
-    ],
-)  # fmt: skip
-def test_content_length_is_digits_or_nothing(value: str | None, length: int | None) -> None:
-    assert dsv.parse_length(value) == length
-
-
-@pytest.mark.parametrize(
-    ("value", "content_range"),
-    [
-        ("bytes 0-0/1", (0, 0, 1)), (" bytes 5-9/10 ", (5, 9, 10)), ("bytes 5-8/10", (5, 8, 10)),
-        (None, None), ("", None), ("bytes */10", None), ("bytes 0-9/*", None), ("5-9/10", None),
-        ("bytes 5-9", None), ("bytes 9-5/10", None), ("bytes 5-10/10", None),
-        ("bytes=5-9/10", None), ("items 5-9/10", None), ("bytes -5-9/10", None),
-        ("bytes 5-9/10, 0-1/10", None),
-        ("bytes ٥-9/10", None), (f"bytes 0-{'9' * 5000}/{'9' * 5001}", None),
-    ],
-)  # fmt: skip
-def test_content_range_is_three_numbers_in_order_or_nothing(
-    value: str | None, content_range: tuple[int, int, int] | None
-) -> None:
-    assert dsv.parse_content_range(value) == content_range
-
-
-NOW = datetime(2025, 6, 17, 4, 0, 0, tzinfo=timezone.utc)
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        ("120", 120), (" 0 ", 0), ("Tue, 17 Jun 2025 04:00:30 GMT", 30),
-        ("Tuesday, 17-Jun-25 04:00:30 GMT", 30), ("Tue Jun 17 04:00:30 2025", 30),
-        ("Tue, 17 Jun 2025 04:00:30 -0000", 30), ("Tue, 17 Jun 2025 06:00:30 +0200", 30),
-        (format_datetime(NOW.replace(year=2026), usegmt=True), 365 * 86400),
-        ("Tue, 17 Jun 2025 03:59:59 GMT", 0), (None, None), ("", None), ("-5", None),
-        ("1.5", None), ("soon", None), ("Tue, 99 Jun 2025 04:00:30 GMT", None), ("٥", None),
-        ("Tue, 17 Jun 99999 04:00:30 GMT", None), ("\x00", None), ("1 Jan", None),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("zone", ["UTC", "EST5"])
-@posix
-def test_retry_after_is_seconds_or_a_date_or_nothing(
-    monkeypatch: pytest.MonkeyPatch, value: str | None, seconds: float | None, zone: str
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", zone)
-        time.tzset()
-        waited = dsv.parse_retry_after(value, NOW.timestamp())
-    time.tzset()
-    assert waited == seconds
-
-
-def head(status: int = 200, /, **headers: str | None) -> dsv.Answer:
-    """The head of a 10-byte object's answer; underscores stand for hyphens, None leaves out."""
-    usual: dict[str, str | None] = {"Content_Length": "10", "ETag": '"a"'}
-    if status == 206:
-        usual |= {"Content_Length": "6", "Content_Range": "bytes 4-9/10"}
-    present = {k.replace("_", "-"): v for k, v in (usual | headers).items() if v is not None}
-    return dsv.read_head(status, CaseInsensitiveDict(present), NOW.timestamp())
-
-
-def part(content_range: str, length: str) -> dsv.Answer:
-    return head(206, Content_Range=f"bytes {content_range}", Content_Length=length)
-
-
-@pytest.mark.parametrize(
-    ("headers", "validator"),
-    [
-        ({"ETag": '"a"'}, '"a"'),
-        ({"ETag": '"a"', "Last-Modified": "Tue, 17 Jun 2025 04:00:00 GMT"}, '"a"'),
-        ({"Last-Modified": "Tue, 17 Jun 2025 04:00:00 GMT"}, "Tue, 17 Jun 2025 04:00:00 GMT"),
-        ({"ETag": 'W/"a"'}, ""),
-        ({"ETag": 'W/"a"', "Last-Modified": "Tue, 17 Jun 2025 04:00:00 GMT"}, ""),
-        ({"ETag": "a"}, ""),
-        ({"ETag": '"a'}, ""),
-        ({"ETag": '"a", "b"'}, ""),
-        ({}, ""),
-    ],
-)
-def test_validator_is_a_strong_etag_or_else_the_date(
-    headers: dict[str, str], validator: str
-) -> None:
-    assert dsv.strong_validator(headers) == validator
-
-
-@pytest.mark.parametrize(
-    ("answer", "decision"),
-    [
-        pytest.param(head(), "WRITE", id="the object"),
-        pytest.param(head(Content_Length=None), "WRITE", id="no length"),
-        pytest.param(head(Content_Encoding="gzip"), "WRITE", id="encoded"),
-        pytest.param(head(Content_Encoding="X-GZIP"), "WRITE", id="encoded, old name"),
-        pytest.param(head(Content_Type="binary/octet-stream"), "WRITE", id="no video type"),
-        pytest.param(head(Content_Type="application/mp4"), "WRITE", id="MP4 type"),
-        pytest.param(part("0-9/10", "10"), "WRITE", id="unasked, whole"),
-        pytest.param(head(206), dsv.TransientError, id="unasked part"),
-        pytest.param(head(206, Content_Range=None), dsv.TransientError, id="unasked, no range"),
-        pytest.param(head(Content_Length="0"), dsv.TaskError, id="empty"),
-        *(
-            pytest.param(head(Content_Type=kind), dsv.TaskError, id=kind)
-            for kind in (
-                "text/html; charset=utf-8", "TEXT/plain", "application/json", "application/xml",
-                "application/problem+json", "application/xhtml+xml", "image/svg+xml",
-            )
-        ),
-    ],
-)  # fmt: skip
-def test_answer_to_a_request_for_everything(
-    answer: dsv.Answer, decision: str | type[Exception]
-) -> None:
-    if isinstance(decision, str):
-        assert dsv.judge(answer, None, 0) is dsv.Body[decision]
-    else:
-        with pytest.raises(decision) as raised:
-            dsv.judge(answer, None, 0)
-        assert raised.type is decision
-
-
-DATED = {"ETag": None, "Last_Modified": "Tue, 17 Jun 2025 04:00:00 GMT"}
-
-
-@pytest.mark.parametrize(
-    ("answer", "decision"),
-    [
-        pytest.param(head(206), "APPEND", id="the rest"),
-        pytest.param(head(206, Content_Length=None), "APPEND", id="the rest, no length"),
-        pytest.param(head(206, Content_Encoding="identity"), "APPEND", id="the rest as it is"),
-        pytest.param(part("4-7/10", "4"), "APPEND", id="some of it"),
-        pytest.param(head(200), "WRITE", id="everything after all"),
-        pytest.param(head(200, ETag='"b"'), "WRITE", id="a new object"),
-        pytest.param(head(416, Content_Range="bytes */10"), "ASK_AGAIN", id="416"),
-        pytest.param(part("5-9/10", "5"), "ASK_AGAIN", id="start too high"),
-        pytest.param(part("3-9/10", "7"), "ASK_AGAIN", id="start too low"),
-        pytest.param(part("0-9/10", "10"), "ASK_AGAIN", id="from zero"),
-        pytest.param(part("4-9/11", "6"), "ASK_AGAIN", id="wrong total"),
-        pytest.param(part("4-9/*", "6"), "ASK_AGAIN", id="no total"),
-        pytest.param(head(206, Content_Range=None), "ASK_AGAIN", id="no range"),
-        pytest.param(head(206, Content_Length="5"), "ASK_AGAIN", id="length against range"),
-        pytest.param(head(206, ETag='"b"'), "ASK_AGAIN", id="other ETag"),
-        pytest.param(head(206, ETag='W/"a"'), "ASK_AGAIN", id="weak ETag"),
-        pytest.param(head(206, ETag=None), "ASK_AGAIN", id="no ETag"),
-        pytest.param(head(206, **DATED), "ASK_AGAIN", id="a date instead"),
-        pytest.param(head(206, Content_Encoding="gzip"), "ASK_AGAIN", id="encoded part"),
-    ],
-)
-def test_answer_to_a_request_for_the_rest(answer: dsv.Answer, decision: str) -> None:
-    part_id = dsv.PartId.of(MINE, head())
-    assert dsv.judge(answer, part_id, 4) is dsv.Body[decision]
-
-
-@pytest.mark.parametrize(("modified", "decision"), [(30, "APPEND"), (31, "ASK_AGAIN")])
-def test_rest_of_a_dated_object_is_appended_if_the_date_is_the_same(
-    modified: int, decision: str
-) -> None:
-    dated = {"ETag": None, "Last_Modified": "Tue, 17 Jun 2025 04:00:30 GMT"}
-    later = dated | {"Last_Modified": f"Tue, 17 Jun 2025 04:00:{modified} GMT"}
-    part_id = dsv.PartId.of(MINE, head(**dated))
-    assert dsv.judge(head(206, **later), part_id, 4) is dsv.Body[decision]
-
-
-@pytest.mark.parametrize("asked_for_rest", [False, True])
-@pytest.mark.parametrize(
-    ("error", "statuses"),
-    [
-        (dsv.TransientError, [408, 425, 429, 500, 502, 503, 504, 507, 520, 599]),
-        (dsv.LinkRefused, [401, 403, 404, 410]),
-        (dsv.TaskError, [204, 304, 400, 402, 405, 406, 409, 411, 412, 413, 422, 431, 451, 499]),
-    ],
-)
-def test_status_says_whether_another_try_helps(
-    error: type[Exception], statuses: list[int], asked_for_rest: bool
-) -> None:
-    part_id = dsv.PartId.of(MINE, head()) if asked_for_rest else None
-    for status in statuses:
-        with pytest.raises(error, match=str(status)) as raised:
-            dsv.judge(head(status, Content_Type="text/html"), part_id, 4 * asked_for_rest)
-        assert raised.type is error, status
-
-
-def test_transient_status_hands_on_what_the_server_asks_to_wait() -> None:
-    with pytest.raises(dsv.TransientError) as raised:
-        dsv.judge(head(429, Retry_After="7"), None, 0)
-    assert raised.value.retry_after_s == 7
-
-
-# --- Taking turns ------------------------------------------------------------------------------
-
-
-def test_turns_are_so_many_and_go_to_who_came_first() -> None:
-    turns, came = dsv.Turns(2), list[int]()
-
-    def take_one(number: int) -> None:
-        with turns:
-            came.append(number)
-
-    threads = [threading.Thread(target=take_one, args=(number,)) for number in range(3)]
-    with turns, turns:
-        for thread in threads:
-            thread.start()
-            wait_until(lambda: len(turns._queue) == sum(each.is_alive() for each in threads))
-        assert came == []
-        with contextlib.suppress(TimeoutError), turns.given_back():
-            wait_until(lambda: came == [0, 1, 2])
-            raise TimeoutError
-        late = threading.Thread(target=take_one, args=(3,))
-        late.start()
-        wait_until(lambda: len(turns._queue) == 1)  # both turns are taken again
-    for thread in (*threads, late):
-        thread.join()
-    assert came == [0, 1, 2, 3]
-
-
-class _BusySocket:
-    """A socket that always has more."""
-
-    def gettimeout(self) -> float:
-        return 30.0
-
-    def settimeout(self, _seconds: float) -> None:
-        """Remain as it is."""
-
-    def recv_into(self, view: memoryview) -> int:
-        return len(view)
-
-
-def test_a_stream_that_never_waits_lets_others_have_their_turn() -> None:
-    turns, came = dsv.Turns(1), list[str]()
-
-    def take_one() -> None:
-        with turns:
-            came.append("other")
-
-    other = threading.Thread(target=take_one)
-    guard = dsv.StallGuard(io.RawIOBase(), _BusySocket(), turns, time.monotonic)
-    with turns:
-        other.start()
-        wait_until(lambda: len(turns._queue) == 1)
-        assert guard.readinto(bytearray(9)) == 9
-        assert came == ["other"]
-    other.join()
-
-
-# --- Back-off and part files -------------------------------------------------------------------
-
-
-def test_back_off_doubles_up_to_a_bound_and_jitters() -> None:
-    longest = [dsv.backoff_s(failures, None, 1.0) for failures in range(1, 1001)]
-    shortest = [dsv.backoff_s(failures, None, 0.0) for failures in range(1, 1001)]
-    assert longest[1] == 2 * longest[0]
-    assert longest[3] == 8 * longest[0]
-    assert longest == sorted(longest)
-    assert longest[-1] <= 60
-    assert all(0 < low < high for low, high in zip(shortest, longest, strict=True))
-
-
-@pytest.mark.parametrize("failures", [1, 3, 1000])
-def test_back_off_is_never_shorter_than_the_server_asked_for(failures: int) -> None:
-    assert dsv.backoff_s(failures, 45.0, 0.5) == 45
-    assert dsv.backoff_s(failures, 0.0, 0.5) == dsv.backoff_s(failures, None, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("validator", "resumable"),
-    [
-        pytest.param('"d41d8cd98f00b204e9800998ecf8427e"', True, id="ETag"),
-        pytest.param('"../../a\\b?*:"', True, id="ETag like a path"),
-        pytest.param('"' + "x" * 120 + '"', True, id="long ETag"),
-        pytest.param('"' + "x" * 300 + '"', False, id="ETag too long for a name"),
-        pytest.param('"\xe9"', False, id="ETag not ASCII"),
-        pytest.param('W/"a"', False, id="weak ETag"),
-        pytest.param(None, False, id="no ETag"),
-    ],
-)
-def test_part_file_name_tells_the_object(validator: str | None, resumable: bool) -> None:
-    part_id = dsv.PartId.of(MINE, head(ETag=validator))
-    assert part_id.resumable is resumable
-    assert dsv.PartId.parse(part_id.filename) == part_id
-    assert (part_id.total, part_id.validator) == ((10, validator) if resumable else (0, ""))
-    assert part_id.filename.startswith(".")
-    assert len(part_id.filename) <= 255
-    assert not set(part_id.filename) & set('/\\:*?"<>|')
-
-
-def test_part_without_a_total_cannot_be_resumed() -> None:
-    assert not dsv.PartId.of(MINE, head(Content_Length=None)).resumable
-    assert not dsv.PartId.of(MINE, head(Content_Encoding="gzip")).resumable
-    assert not dsv.PartId.of(MINE).resumable
-
-
-def test_part_files_of_different_tasks_differ() -> None:
-    tasks = [make_task(i, target_filename_stub="s") for i in range(50)]
-    assert len({dsv.PartId.of(task, head()).filename for task in tasks}) == 50
-
-
-@pytest.mark.parametrize(
-    "filename",
-    ["", ".part", "s.mp4", ".s.mp4.part", ".00000000-0000000000000000-10-!.part",
-     ".00000000-0000000000000000-x-YQ.part", ".00000000-0000000000000000-10-YQ.part.bak",
-     ".0000000-0000000000000000-10-YQ.part", ".00000000-0000000000000000-10-A.part"],
-)  # fmt: skip
-def test_other_hidden_files_are_no_part_files(filename: str) -> None:
-    assert dsv.PartId.parse(filename) is None
+        assert (content is dsv.Content.WHOLE) is (size in ends), f"cut to {size} bytes"
+        assert content.is_video is (size >= ends[0] and content is not dsv.Content.CUT)
+        if content is dsv.Content.SURPLUS:  # the announced length tells
+            assert any(0 < size - end < 8 for end in ends), f"cut to {size} bytes"
 
 
 # --- Metadata ----------------------------------------------------------------------------------
 
-EXAMPLE_ROW = {
-    "task_id": "f645e2df-b639-4264-9bf2-fc7bceb6c658",
-    "image_path": "video_queue/elegant_business_classic_tt_draft.png",
-    "prompt": "soft focus transition, elegant reveal, ...",
-    "target_filename_stub": "elegant_business_classic_tt_video",
-    "timestamp": "2025-06-17T03:48:46.656953",
-    "status": "PENDING",
-    "final_status": "SUCCEEDED",
-    "completion_time": "2025-06-17T04:00:58.870095",
-    "video_url": "https://dnznrvs05pmza.cloudfront.net/0f3b0be2-a946.mp4?_jwt=a.b.c",
-}
+EXAMPLE_ROW = make_row(
+    task_id="f645e2df-b639-4264-9bf2-fc7bceb6c658",
+    image_path="video_queue/elegant_business_classic_tt_draft.png",
+    prompt="soft focus transition, elegant reveal, ...",
+    target_filename_stub="elegant_business_classic_tt_video",
+    video_url="https://dnznrvs05pmza.cloudfront.net/0f3b0be2-a946.mp4?_jwt=a.b.c",
+)
 EXAMPLE_METADATA = """\
 {
   "video_file": "elegant_business_classic_tt_video.mp4",
@@ -1503,61 +719,335 @@ EXAMPLE_METADATA = """\
 }"""
 
 
-def example_task(**changes: Any) -> dsv.Task:
-    row = {key: value for key, value in (EXAMPLE_ROW | changes).items() if value is not ...}
-    return dsv.read_rows({"task_results": [row]}).tasks[0]
-
-
-def test_metadata_is_as_documented_to_the_letter() -> None:
-    task = example_task()
-    assert make_metadata(task, f"{task.stub}.mp4").decode() == EXAMPLE_METADATA
+ROW_STUB = '_stub": "elegant_business_classic_tt_video"'
+PROMPT, LAST = '"soft focus transition, elegant reveal, ..."', '46.656953"\n  }'
 
 
 @pytest.mark.parametrize(
-    ("changes", "lines"),
+    ("changes", "old", "new"),
     [
-        pytest.param({"seed": 0}, {'  "seed": null,': '  "seed": 0,'}, id="seed zero"),
-        pytest.param({"seed": 2**64}, {'  "seed": null,': f'  "seed": {2**64},'}, id="seed"),
+        pytest.param({}, "", "", id="the documented one"),
+        pytest.param({"seed": 0}, '"seed": null', '"seed": 0', id="seed zero"),
+        pytest.param({"seed": 2**64}, '"seed": null', f'"seed": {2**64}', id="long seed"),
+        pytest.param({"seed": float("nan")}, "", "", id="NaN is left out"),
+        pytest.param({"prompt": 'é 🎬 "\n'}, PROMPT, '"é 🎬 \\"\\n"', id="text as it is"),
+        pytest.param({"prompt": "\ud800 é"}, PROMPT, '"\\ud800 é"', id="lone surrogate"),
+        pytest.param({"prompt": 5}, PROMPT, '""', id="wrong type"),
         pytest.param(
-            {"prompt": 'é 🎬 "\n'},
-            {'"soft focus transition, elegant reveal, ..."': '"é 🎬 \\"\\n"'},
-            id="text as it is",
-        ),
-        pytest.param(
-            {"prompt": "\ud800 é"},
-            {'"soft focus transition, elegant reveal, ..."': '"\\ud800 é"'},
-            id="lone surrogate",
-        ),
-        pytest.param(
-            {"resolution": "720p", "duration": 5, "other": 1, "cluster_id": {"é": 0}, "theme": ""},
-            {'46.656953"\n  }': '46.656953",\n    "cluster_id": {\n      "é": 0\n    },\n'
-             '    "theme": "",\n    "duration": 5,\n    "resolution": "720p"\n  }'},
-            id="extras in their order",
+            {"target_filename_stub": "a/b"}, ROW_STUB, '_stub": "a/b"', id="the row's stub"
         ),
         *(
-            pytest.param({name: ...}, {f'": "{EXAMPLE_ROW[name]}"': '": ""'}, id=f"no {name}")
+            pytest.param({name: ...}, f'": "{EXAMPLE_ROW[name]}"', '": ""', id=f"no {name}")
             for name in ("image_path", "prompt", "timestamp", "completion_time", "status")
         ),
         pytest.param(
-            {"prompt": 5}, {'"soft focus transition, elegant reveal, ..."': '""'}, id="wrong type"
+            {"resolution": "720p", "duration": None, "other": 1, "cluster_id": {"é": 0}},
+            LAST,
+            '46.656953",\n    "cluster_id": {\n      "é": 0\n    },\n'
+            '    "duration": null,\n    "resolution": "720p"\n  }',
+            id="extras in their order, null included",
         ),
+        pytest.param({"theme": [float("inf")]}, "", "", id="infinity is left out"),
     ],
-)  # fmt: skip
-def test_metadata_of_other_rows(changes: dict[str, Any], lines: dict[str, str]) -> None:
-    expected = EXAMPLE_METADATA
-    for old, new in lines.items():
-        assert old in expected
-        expected = expected.replace(old, new)
-    data = make_metadata(example_task(**changes), "elegant_business_classic_tt_video.mp4")
-    assert data.decode() == expected
+)
+def test_metadata_is_as_documented_to_the_letter(
+    changes: dict[str, Any], old: str, new: str
+) -> None:
+    row = {key: value for key, value in (EXAMPLE_ROW | changes).items() if value is not ...}
+    name = "elegant_business_classic_tt_video.mp4"
+    data = make_metadata(dsv.task_from_row(row), name)
+    assert old in EXAMPLE_METADATA
+    assert data.decode() == (EXAMPLE_METADATA.replace(old, new) if old else EXAMPLE_METADATA)
     strict_json(data)
 
 
-def test_metadata_holds_the_row_not_the_name_it_was_saved_under() -> None:
-    metadata = strict_json(make_metadata(example_task(target_filename_stub="a/b"), "a_b_1.mp4"))
-    assert (metadata["video_file"], metadata["target_filename_stub"]) == ("a_b_1.mp4", "a/b")
-    metadata = strict_json(make_metadata(example_task(target_filename_stub=...), "video_f.mp4"))
-    assert (metadata["video_file"], metadata["target_filename_stub"]) == ("video_f.mp4", "")
+def test_metadata_says_what_is_to_be_handed_over_and_is_then_left_alone(tmp_path: Path) -> None:
+    task, info, path = make_task(), {"size_bytes": 1, "sha256": "ab" * 32}, tmp_path / "a.json"
+    assert dsv.put_metadata(path, task, "a.mp4", info, hand_over=True)
+    assert list(strict_json(path.read_bytes()).items())[-1] == ("handed_over", False)
+    before = path.read_bytes()
+    assert not dsv.put_metadata(path, task, "a.mp4", info)
+    with pytest.raises(FileExistsError):
+        dsv.put_metadata(path, make_task(1), "a.mp4", info)
+    assert (path.read_bytes(), names_in(tmp_path)) == (before, {"a.json"})
+
+
+# --- The plan ----------------------------------------------------------------------------------
+
+MINE = make_task(0, target_filename_stub="s", task_id="f645e2df-b639")
+OTHERS = make_task(1, target_filename_stub="s")
+ALL_OURS = {"s.json": MINE, "s.mp4": WHOLE}
+ALL_OTHERS = {"s.json": OTHERS, "s.mp4": WHOLE}
+SECOND = "s_f645e2df"
+RENAMED = {"holiday.json": MINE, "holiday.mp4": WHOLE}
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+FOREIGN_JSON: dict[str, Any] = {
+    "list": b"[]",
+    "object": b'{"task_id": "f645e2df-b639"}',
+    "other types": b'{"runway_task_json": {"task_id": 5}}',
+    "cut": b'{"runway_task_json": {"task_id": "f645e2df-b639"',
+    "binary": b"\xff\xfe\0",
+    "nesting": b"[" * 200_000,
+    "directory": os.mkdir,
+    "pipe": make_pipe,
+}
+
+
+@pytest.fixture
+def no_hang() -> Iterator[None]:
+    """Fail a test that waits for a pipe which nobody writes to."""
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def second(**entries: Any) -> dict[str, Any]:
+    """Entries under the name with the id of `MINE`."""
+    return {f"{SECOND}.{suffix}": content for suffix, content in entries.items()}
+
+
+@pytest.mark.parametrize(
+    ("entries", "action", "stub"),
+    [
+        pytest.param({}, "DOWNLOAD", "s", id="nothing there"),
+        pytest.param(ALL_OURS | {"s.mp4": b"edited"}, "KEEP", "s", id="edited in place"),
+        pytest.param({"s.json": MINE}, "REFILL", "s", id="metadata without video"),
+        pytest.param({"holiday.json": MINE}, "REFILL", "holiday", id="renamed, without video"),
+        pytest.param(ALL_OURS | {"s.mp4": b""}, "REFILL", "s", id="zero bytes, has metadata"),
+        pytest.param({"s.mp4": b""}, "DOWNLOAD", "s", id="zero bytes"),
+        pytest.param({"s.mp4": bytes(999)}, "DOWNLOAD", "s", id="nothing but zeros"),
+        pytest.param({"s.mp4": WHOLE[:-100]}, "DOWNLOAD", "s", id="cut without metadata"),
+        pytest.param({"s.mp4": b"<html>"}, "DOWNLOAD", "s", id="error page without metadata"),
+        pytest.param({"s.mp4": WHOLE}, "ASK", "s", id="whole without metadata"),
+        pytest.param({"s.mp4": WEBM}, "ASK", "s", id="WebM without metadata"),
+        pytest.param({"S.json": MINE, "S.mp4": WHOLE}, "KEEP", "S", id="ours in another case"),
+        pytest.param(RENAMED, "KEEP", "holiday", id="renamed pair"),
+        pytest.param(RENAMED | ALL_OTHERS, "KEEP", "holiday", id="renamed, another in its place"),
+        pytest.param(RENAMED | {"s.json": MINE}, "KEEP", "holiday", id="the finished one of two"),
+        pytest.param(ALL_OTHERS | second(json=MINE, mp4=WHOLE), "KEEP", SECOND, id="second name"),
+        pytest.param(ALL_OTHERS | second(mp4=WHOLE), "ADOPT", SECOND, id="orphan with the id"),
+        pytest.param(ALL_OTHERS | second(mp4=b"text"), "DOWNLOAD", SECOND, id="text with the id"),
+    ],
+)
+def test_plan_follows_from_what_is_on_disk(
+    tmp_path: Path, entries: dict[str, Any], action: str, stub: str
+) -> None:
+    lay_out(tmp_path, entries)
+    (plan,) = dsv.plan_all([MINE], dsv.Shelf.scan(tmp_path), {})
+    assert (plan.action, plan.stub) == (dsv.Action[action], stub)
+    assert names_in(tmp_path) == set(entries)
+
+
+@posix
+@pytest.mark.usefixtures("no_hang")
+@pytest.mark.parametrize(
+    ("entries", "holder"),
+    [
+        pytest.param(ALL_OTHERS, "s.mp4 is another task's", id="another task"),
+        pytest.param(ALL_OTHERS | second(json=b"[]"), "s.mp4 is another task's", id="both taken"),
+        pytest.param({"s.json": OTHERS}, "s.json is another task's", id="its record"),
+        pytest.param({"S.mp4": WHOLE}, "S.mp4 differs in case", id="another case"),
+        pytest.param({"s.mp4": WHOLE}, "s.mp4 is another video", id="a video of another size"),
+        pytest.param({"s.mp4": os.mkdir}, "s.mp4 is no file", id="directory"),
+        pytest.param({"s.mp4": os.mkdir, "s.json": MINE}, "s.mp4 is no file", id="ours, no file"),
+        pytest.param({"s.mp4": make_pipe}, "s.mp4 is no file", id="pipe"),
+        pytest.param({"s.mp4": lambda p: p.symlink_to("s.mp4")}, "s.mp4 is no file", id="loop"),
+        *(
+            pytest.param(
+                {"s.json": content}, "s.json is another program's file", id=f"json: {name}"
+            )
+            for name, content in FOREIGN_JSON.items()
+        ),
+    ],
+)
+def test_what_holds_a_name_is_left_alone_and_rightly_named(
+    tmp_path: Path, entries: dict[str, Any], holder: str
+) -> None:
+    lay_out(tmp_path, entries)
+    plan = dsv.plan_task(MINE, dsv.Shelf.scan(tmp_path), {}, in_hand=True)
+    stub = f"{SECOND}_2" if f"{SECOND}.json" in entries else SECOND
+    assert (plan.action, plan.stub) == (dsv.Action.DOWNLOAD, stub)
+    assert plan.holder.startswith(holder)
+
+
+def test_whole_video_under_a_default_name_is_adopted_since_it_holds_the_id(tmp_path: Path) -> None:
+    task = make_task(task_id="def45678-90ab", target_filename_stub=None)
+    lay_out(tmp_path, {"video_def45678.mp4": WHOLE})
+    plan = dsv.plan_task(task, dsv.Shelf.scan(tmp_path), {})
+    assert (plan.action, plan.stub) == (dsv.Action.ADOPT, "video_def45678")
+
+
+def test_task_without_id_owns_its_video_by_the_link(tmp_path: Path) -> None:
+    old, fresh, other = (
+        make_task(task_id=None, video_url=link) for link in (STALE, FRESH, ANOTHER)
+    )
+    lay_out(tmp_path, {f"{old.stub}.json": old, f"{old.stub}.mp4": WHOLE})
+    plans = dsv.plan_all([fresh, other], dsv.Shelf.scan(tmp_path), {})
+    assert [plan.action for plan in plans] == [dsv.Action.KEEP, dsv.Action.DOWNLOAD]
+    assert plans[1].stub.startswith(f"{other.stub}_")
+
+
+@pytest.mark.parametrize(
+    "stubs",
+    [
+        pytest.param(["Same", "same", "SAME"], id="but for case"),
+        pytest.param(["caf\u00e9", "cafe\u0301", "CAFE\u0301"], id="but for Unicode form"),
+        pytest.param(["a/b", "a\\b", "a_b"], id="made equal"),
+        pytest.param(["x" * 300, "x" * 400], id="cut to be equal"),
+        pytest.param(["s", "s", f"s_{make_task_id(1)[:8]}"], id="equal to another's second name"),
+    ],
+)
+def test_tasks_that_want_one_name_each_get_their_own(tmp_path: Path, stubs: list[str]) -> None:
+    tasks = [make_task(i, target_filename_stub=stub) for i, stub in enumerate(stubs)]
+    plans = dsv.plan_all(tasks, dsv.Shelf.scan(tmp_path), {})
+    assert plans[0].stub == dsv.safe_stub(stubs[0])
+    assert len({unicodedata.normalize("NFC", p.stub).casefold() for p in plans}) == len(stubs)
+    for plan in plans:
+        assert plan.action is dsv.Action.DOWNLOAD
+        lay_out(tmp_path, {f"{plan.stub}.json": plan.task, f"{plan.stub}.mp4": WHOLE})
+    again = dsv.plan_all(reversed(tasks), dsv.Shelf.scan(tmp_path), {})
+    expected = [(plan.stub, dsv.Action.KEEP) for plan in plans]
+    assert [(plan.stub, plan.action) for plan in reversed(again)] == expected
+
+
+def test_one_orphan_is_asked_about_for_one_task_alone(tmp_path: Path) -> None:
+    lay_out(tmp_path, {"s.mp4": WHOLE})
+    plans = dsv.plan_all([MINE, OTHERS], dsv.Shelf.scan(tmp_path), {})
+    assert [plan.action for plan in plans] == [dsv.Action.ASK, dsv.Action.DOWNLOAD]
+
+
+def owners(directory: Path) -> dict[str, str]:
+    """The name of each task's video."""
+    found = {}
+    for path in directory.glob("*.json"):
+        task_id = json.loads(path.read_bytes())["runway_task_json"]["task_id"]
+        assert path.with_suffix(".mp4").exists()
+        assert task_id not in found
+        found[task_id] = path.stem
+    return found
+
+
+def test_61_tasks_over_21_stubs_keep_their_names_over_two_nights(tmp_path: Path, cdn: Cdn) -> None:
+    output, names = tmp_path / "video_outputs", dict[str, str]()
+    for night in range(2):
+        rows = []
+        for i in range(61 * night, 61 * night + 61):
+            link = cdn.add(f"{i}.mp4", make_mp4(i, SMALL))
+            rows.append(make_row(i, target_filename_stub=f"style_{i % 61 % 21}", video_url=link))
+        write_results(tmp_path, rows, f"2025061{night}_040158")
+        assert run_script(tmp_path).returncode == 0
+        assert owners(output).items() > names.items()
+        names = owners(output)
+        assert len(names) == 61 * (night + 1)
+    stubs = {make_task_id(i): f"style_{i % 61 % 21}" for i in range(122)}
+    assert {name for task_id, name in names.items() if name == stubs[task_id]} == {*stubs.values()}
+    assert all(name in (stubs[i], f"{stubs[i]}_{i[:8]}") for i, name in names.items())
+    renamed = make_task_id(70)
+    for suffix in (".mp4", ".json"):
+        (output / (names[renamed] + suffix)).rename(output / f"mine{suffix}")
+    for _ in range(2):
+        assert run_script(tmp_path, "--all").returncode == 0
+        assert owners(output) == names | {renamed: "mine"}
+    for i in range(122):
+        assert_whole(output, owners(output)[make_task_id(i)], make_task_id(i), make_mp4(i, SMALL))
+        assert len(cdn.asked(f"{i}.mp4")) == 1
+
+
+# --- What an answer's head says ----------------------------------------------------------------
+
+
+def test_content_range_is_two_numbers_or_nonsense() -> None:
+    assert dsv.content_range({"Content-Range": " bytes 5-9/10 "}) == (5, 10)
+    assert dsv.content_range({"Content-Range": "bytes 0-0/1"}) == (0, 1)
+    for value in ("", "5-9/10", "bytes */10", "bytes 0-9/*", "bytes 9-5/10", "bytes 5-8/10",
+                  "bytes 5-10/10", "bytes ٥-9/10", f"bytes 0-{'9' * 5000}/{'9' * 5001}",
+                  ):  # fmt: skip
+        assert dsv.content_range({"Content-Range": value}) == (-1, -1), value
+
+
+def test_retry_after_is_seconds_or_a_date_or_nonsense() -> None:
+    for value in ("", "-5", "1.5", "soon", "٥", "\0", "1 Jan"):
+        assert dsv.retry_after_s({"Retry-After": value}) is None, value
+    assert dsv.retry_after_s({"Retry-After": " 120 "}) == 120
+    assert dsv.retry_after_s({"Retry-After": "Tue, 17 Jun 2025 03:59:59 GMT"}) == 0
+    soon = format_datetime(datetime.fromtimestamp(time.time() + 50, timezone.utc), usegmt=True)
+    assert 40 < (dsv.retry_after_s({"Retry-After": soon}) or 0) <= 50
+
+
+# --- Back-off and pace -------------------------------------------------------------------------
+
+
+def test_back_off_doubles_up_to_a_bound_jitters_and_heeds_the_server() -> None:
+    longest = [dsv.backoff_s(failures, None, 1.0) for failures in range(1, 1001)]
+    assert [wait / longest[0] for wait in longest[:4]] == [1, 2, 4, 8]
+    assert longest == sorted(longest)
+    assert longest[-1] <= 60
+    assert all(0 < dsv.backoff_s(1 + i, None, 0.0) < wait for i, wait in enumerate(longest))
+    assert dsv.backoff_s(1, 45.0, 0.5) == dsv.backoff_s(1000, 45.0, 0.5) == 45
+
+
+def rush(workers: int, hold_s: float, seed: int) -> tuple[int, int, float]:
+    """How many of 100 videos a server of 5 requests a second serves and refuses; the seconds.
+
+    The clock is the simulation's; an event is (time, video, when it was asked for or -1).
+    """
+    pace, dice, taken, refused = dsv.Pace(), random.Random(seed), list[float](), 0
+    tries = dict.fromkeys(range(100), 1 + dsv.DEFAULT_RETRIES)
+    events = [(0.0, video, -1.0) for video in range(workers)]
+    waiting = iter(range(workers, 100))
+    while events:
+        now, video, asked = heapq.heappop(events)
+        if asked < 0:
+            delay_s = pace.take_turn(now, dice.random())
+            event = (now + delay_s, video, -1.0) if delay_s > 0 else (now + 0.1, video, now)
+            heapq.heappush(events, event)
+            continue
+        if len(taken) < 5 or now - taken[-5] >= 1:
+            taken.append(now)
+            pace.served(now)
+            tries[video] = 0
+        else:
+            refused += 1
+            costs_a_try = not pace.overloaded(now, asked, hold_s)
+            tries[video] -= costs_a_try
+            failures = 1 + dsv.DEFAULT_RETRIES - tries[video]
+            now += dsv.backoff_s(failures, hold_s, dice.random()) if costs_a_try else 0
+        if tries[video]:
+            heapq.heappush(events, (now, video, -1.0))
+        elif (following := next(waiting, None)) is not None:
+            heapq.heappush(events, (now, following, -1.0))
+    return len(taken), refused, taken[-1]
+
+
+@pytest.mark.parametrize("hold_s", [dsv.BACKOFF_BASE_S, 1], ids=["unsaid", "1 s"])
+@pytest.mark.parametrize("workers", [16, 64])
+def test_a_server_that_takes_5_a_second_serves_all_and_refuses_few(
+    workers: int, hold_s: float
+) -> None:
+    for seed in range(10):
+        served, refused, seconds = rush(workers, hold_s, seed)
+        assert served == 100
+        assert refused < 300
+        assert seconds < 35
+
+
+def test_nobody_waits_for_a_server_that_serves_and_all_for_one_that_is_overloaded() -> None:
+    pace = dsv.Pace()
+    assert [pace.take_turn(0.0, 0.9) for _ in range(64)] == [0.0] * 64
+    assert not pace.overloaded(1.0, 0.0, 1.0)  # serves nobody: costs a try
+    pace.served(2.0)
+    assert pace.overloaded(3.0, 0.0, 7.0)
+    delays = [pace.take_turn(3.0, jitter / 10) for jitter in range(10)]
+    assert min(delays) >= 7
+    assert len(set(delays)) == 10
+    assert not pace.overloaded(100.0, 99.0, 1.0)
 
 
 # --- The console -------------------------------------------------------------------------------
@@ -1597,154 +1087,73 @@ def mocked() -> Iterator[responses.RequestsMock]:
         yield mock
 
 
-def test_console_of_one_task_is_as_documented_to_the_letter(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    mocked: responses.RequestsMock,
-) -> None:
-    link = "https://dnznrvs05pmza.cloudfront.net/0f3b0be2-a946-4f2c.mp4"
-    mocked.get(link, body=make_mp4(0, 941873), content_type="video/mp4")
-    changes = {"target_filename_stub": "test_succeeded_video", "video_url": f"{link}?_jwt=a.b.c"}
-    write_results(tmp_path, [EXAMPLE_ROW | changes])
-    monkeypatch.chdir(tmp_path)
-    assert dsv.main([]) == 0
-    captured = capsys.readouterr()
-    assert captured.out == CONSOLE
-    assert captured.err == ""
-
-
-@pytest.mark.parametrize(
-    ("rows", "block"),
-    [
-        pytest.param(
-            [make_row(1, final_status="FAILED")],
-            ["  ✅ Found 0 SUCCEEDED tasks", "✅ Total SUCCEEDED tasks found: 0"],
-            id="nothing to do",
-        ),
-        pytest.param(
-            [make_row(0), make_row(1, video_url=None), make_row(2), make_row(3)],
-            [
-                "  ✅ Found 4 SUCCEEDED tasks",
-                "✅ Total SUCCEEDED tasks found: 4",
-                "📥 Videos downloaded: 2",
-                "⚠️ Already existed: 1",
-                "❌ Failed downloads: 1",
-                "📈 Success rate: 75.0%",
-            ],
-            id="some of each",
-        ),
-    ],
-)
-def test_statistics_count_what_was_found_loaded_there_and_failed(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    mocked: responses.RequestsMock,
-    rows: list[dict[str, Any]],
-    block: list[str],
-) -> None:
-    monkeypatch.delenv("RUNWAYML_API_SECRET", raising=False)
-    for i in (2, 3):
-        mocked.get(f"https://cdn.invalid/{i}.mp4", body=WHOLE, content_type="video/mp4")
-    lay_out(tmp_path, {"picture_0.mp4": WHOLE, "picture_0.json": make_task(0)})
-    downloader = make_downloader(tmp_path)
-    downloader.process_polling_results_file(write_results(tmp_path, rows))
-    downloader.print_final_stats()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line in block] == block
-
-
-def test_console_says_that_a_video_got_another_name_and_why(
+def test_statistics_count_what_was_found_loaded_there_and_failed_and_other_names_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mocked: responses.RequestsMock
 ) -> None:
-    mocked.get("https://cdn.invalid/0.mp4", body=WHOLE, content_type="video/mp4")
-    lay_out(tmp_path, {"s.mp4": WHOLE, "s.json": OTHERS})
-    row = make_row(0, target_filename_stub="s")
-    assert make_downloader(tmp_path).process_succeeded_task(row)
-    name = f"s_{make_task_id(0)[:8]}.mp4"
+    mocked.get("https://cdn.invalid/8.mp4", status=400)
+    mocked.get(re.compile("https://cdn.invalid/"), body=WHOLE)
+    lay_out(tmp_path, ALL_OTHERS | {"picture_0.mp4": WHOLE, "picture_0.json": make_task(0)})
+    rows = [make_row(0), make_row(7, target_filename_stub="s"), *map(make_row, (2, 3, 4, 5, 8))]
+    downloader, name = make_downloader(tmp_path), f"s_{make_task_id(7)[:8]}"
+    assert downloader.process_polling_results_file(write_results(tmp_path, rows)) == 6
+    downloader.print_final_stats()
     out = capsys.readouterr().out
-    assert f"  🎬 Downloading: {name}\n" in out
-    assert [line for line in out.splitlines() if "s.mp4" in line and "another task" in line]
-    assert_whole(tmp_path, name[:-4], make_task_id(0), WHOLE)
+    block = out.partition("DOWNLOAD STATISTICS\n")[2].split("\n\n")[0].splitlines()
+    assert [line.rpartition(": ")[2] for line in block[1:]] == ["7", "5", "1", "1", "85.7%"]
+    assert re.search(f"🎬 Downloading: {name}.mp4\n(  .*\n)*  .*s.mp4 is another task's", out)
+    assert_whole(tmp_path, name, make_task_id(7), WHOLE)
 
 
-def test_storage_listing_holds_videos_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    entries = {"b.mp4": WHOLE, "a\x1b.mp4": WHOLE * 500, "dir.mp4": os.mkdir, ".hidden.mp4": WHOLE}
-    lay_out(tmp_path, entries | {"c.json": b"{}", "c.mp4.bak": WHOLE})
-    make_downloader(tmp_path).print_final_stats()
-    listed = capsys.readouterr().out.split(f"📁 Videos in {tmp_path}:\n")[1].splitlines()
-    assert listed[:3] == ["  • a?.mp4 (1.19 MB)", "  • b.mp4 (0.00 MB)", ""]
-    assert listed[3] == "💾 Total storage used: 1.19 MB"
-
-
-def test_storage_listing_after_a_download_holds_what_others_saved_meanwhile(
+def test_storage_listing_holds_10_videos_those_of_the_run_first_and_counts_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mocked: responses.RequestsMock
 ) -> None:
-    mocked.get("https://cdn.invalid/1.mp4", body=WHOLE, content_type="video/mp4")
-    lay_out(tmp_path, {"picture_0.mp4": WHOLE, "picture_0.json": make_task(0)})
-    file = write_results(tmp_path, [make_row(0), make_row(1)])
-
-    def save_another(_outcome: dsv.Outcome) -> None:
-        (tmp_path / "another.mp4").write_bytes(WHOLE)
-
-    downloader = make_downloader(tmp_path, on_outcome=save_another)
-    assert downloader.process_polling_results_file(file) == 2
+    mocked.get(re.compile("https://cdn.invalid/"), body=WHOLE)
+    entries = {"a\x1b.mp4": WHOLE * 500, "dir.mp4": os.mkdir, ".hidden.mp4": WHOLE}
+    lay_out(tmp_path, entries | {f"b{i:04}.mp4": WHOLE for i in range(1200)})
+    downloader = make_downloader(tmp_path)
+    assert downloader.process_succeeded_task(make_row(2, target_filename_stub="z"))
     downloader.print_final_stats()
-    listed = capsys.readouterr().out.split(f"📁 Videos in {tmp_path}:\n")[1]
-    assert re.findall(r"• (.*) \(", listed) == ["another.mp4", "picture_0.mp4", "picture_1.mp4"]
+    listed = capsys.readouterr().out.split(f"📁 Videos in {tmp_path}:\n")[1].splitlines()
+    assert listed[:3] == ["  • z.mp4 (0.00 MB)", "  • a?.mp4 (1.19 MB)", "  • b0000.mp4 (0.00 MB)"]
+    assert listed[9:] == [
+        "  • b0007.mp4 (0.00 MB)",
+        "  … and 1,192 more",
+        "",
+        f"💾 Total storage used: {1701 * SMALL / 1024**2:.2f} MB",
+    ]
 
 
-MB = 1024 * 1024
-
-
-def make_live(**overrides: Any) -> dsv.Live:
-    moment = {
-        "done": 7, "videos": 30, "received": 140 * MB, "expected": 600 * MB, "estimated": False,
-        "bytes_per_second": 11.5 * MB,
-    }  # fmt: skip
-    return dsv.Live(**moment | overrides)
-
-
-@pytest.mark.parametrize(
-    ("moment", "columns", "text"),
-    [
-        ({}, 80, "⏬ 7/30  140.0/600.0 MB  23%  11.5 MB/s  0:40 left"),
-        ({}, 40, "⏬ 7/30  140.0/600.0 MB  23%  11.5 MB/s"),
-        ({}, 20, "⏬ 7/30"),
-        ({"expected": None}, 80, "⏬ 7/30  140.0 MB  11.5 MB/s"),
-        ({"estimated": True}, 80, "⏬ 7/30  140.0/~600.0 MB  ~23%  11.5 MB/s  0:40 left"),
-        ({"bytes_per_second": 0.0}, 80, "⏬ 7/30  140.0/600.0 MB  23%  0.0 MB/s"),
-        ({"received": 601 * MB}, 80, "⏬ 7/30  601.0/600.0 MB  100%  11.5 MB/s  0:00 left"),
-        ({"bytes_per_second": MB / 10}, 80, "⏬ 7/30  140.0/600.0 MB  23%  0.1 MB/s  1:16:40 left"),
-    ],
-)
-def test_live_line_shows_what_is_known(moment: dict[str, Any], columns: int, text: str) -> None:
-    assert make_live(**moment).text(columns) == text
-
-
-@pytest.mark.parametrize("columns", range(20, 121))
-def test_live_line_is_never_as_wide_as_the_terminal(columns: int) -> None:
-    big = {"done": 9_999, "videos": 10_000, "received": 10**15, "expected": 10**16}
-    for moment in ({}, {"expected": None}, big, big | {"bytes_per_second": 1.0}):
-        text = make_live(**moment).text(columns)
-        wide = sum(1 + (unicodedata.east_asian_width(char) == "W") for char in text)
-        assert wide < columns
+def test_live_line_is_never_wider_than_the_terminal() -> None:
+    parts = ["⏬ 1/2", "3.0 MB", "🔁 動画.mp4: 🎬"]
+    assert dsv.fitted(parts, 31) == "⏬ 1/2  3.0 MB  🔁 動画.mp4: 🎬"
+    assert dsv.fitted(parts, 30).endswith("動画.mp4:…")
+    assert dsv.fitted(parts, 13) == "⏬ 1/2  3.0 …"
+    for columns in range(1, 60):
+        line = dsv.fitted(parts * 3, columns)
+        assert columns - 2 <= columns_of(line) <= columns
 
 
 # --- From Python -------------------------------------------------------------------------------
 
 
+def figures(**changes: int) -> dict[str, int]:
+    """The statistics of `VideoDownloader`, 0 unless said otherwise."""
+    names = ("total_succeeded", "downloaded", "failed_downloads", "already_exists")
+    return dict.fromkeys(names, 0) | changes
+
+
+@pytest.fixture(autouse=True)
+def no_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUNWAYML_API_SECRET", raising=False)
+
+
 def test_orchestrator_gets_the_documented_results(
-    tmp_path: Path, mocked: responses.RequestsMock, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cdn: Cdn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for i in range(2):
-        mocked.get(f"https://cdn.invalid/{i}.mp4", body=WHOLE, content_type="video/mp4")
-    mocked.get("https://cdn.invalid/2.mp4", status=404)
-    rows = [make_row(0), make_row(9, final_status="FAILED"), make_row(1, extra=[1]), make_row(2)]
-    file = write_results(tmp_path, [*rows, make_row(3, video_url=None), None])
+    rows = [make_row(i, video_url=cdn.add(f"{i}.mp4", WHOLE)) for i in range(2)]
+    rows += [make_row(2, video_url=cdn.add("2.mp4", b"", Reply(status=404)))]
+    others = [make_row(9, final_status="FAILED"), make_row(3, video_url=None), None]
+    file = write_results(tmp_path, [*rows[:1], *others, *rows[1:]])
     output = tmp_path / "new" / "video_outputs"
     downloader = dsv.VideoDownloader(output_dir=str(output))
     assert output.is_dir()
@@ -1752,73 +1161,58 @@ def test_orchestrator_gets_the_documented_results(
     results = downloader.load_polling_results(file)
     assert results == json.loads(file.read_text(encoding="utf-8"))
     tasks = downloader.get_succeeded_tasks(results)
-    assert tasks == [rows[0], rows[2], rows[3]]
+    assert tasks == rows
     assert [downloader.process_succeeded_task(task) for task in tasks] == [True, True, False]
     assert downloader.process_succeeded_task(tasks[0]) is True
-    assert downloader.stats == {
-        "total_succeeded": 4, "downloaded": 2, "failed_downloads": 1, "already_exists": 1,
-    }  # fmt: skip
+    counted = figures(total_succeeded=4, downloaded=2, failed_downloads=1, already_exists=1)
+    assert list(downloader.stats.items()) == list(counted.items())
+    assert downloader.generate_filename_stub(rows[0]) == "picture_0"
+    assert downloader.generate_filename_stub({"task_id": "def456789"}) == "video_def45678"
+    assert downloader.generate_filename_stub({}) == "video_unknown"
     downloader.print_final_stats()
-    assert "✅ Total SUCCEEDED tasks found: 4\n" in capsys.readouterr().out
+    assert downloader.load_polling_results(tmp_path / "missing.json") == {}
+    out, err = capsys.readouterr()
+    assert "✅ Total SUCCEEDED tasks found: 4\n" in out
+    assert re.search("❌ 1 video: .*HTTP 404", err)
+    assert "missing.json" in err.splitlines()[-1]
 
 
-def test_a_rerun_lists_the_directory_once_and_looks_at_each_file_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_with_a_key_a_row_without_link_is_a_task_and_its_link_is_fetched(
+    tmp_path: Path, cdn: Cdn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [make_row(number) for number in range(5)]
-    output = tmp_path / "videos"
-    output.mkdir()
-    lay_out(output, {f"picture_{number}.mp4": WHOLE for number in range(5)})
-    lay_out(output, {f"picture_{number}.json": make_task(number) for number in range(5)})
-    file, calls = write_results(tmp_path, rows), Counter[tuple[str, str]]()
-    for name in ("listdir", "stat", "open"):
-        called = getattr(os, name)
-
-        def count(path: Any, *rest: Any, of: str = name, call: Any = called, **more: Any) -> Any:
-            calls[of, os.path.basename(path)] += 1
-            return call(path, *rest, **more)
-
-        monkeypatch.setattr(os, name, count)
-    downloader = make_downloader(output)
-    assert downloader.process_polling_results_file(file) == 5
-    downloader.print_final_stats()
-    monkeypatch.undo()
-    assert calls["listdir", "videos"] == 1
-    assert {key: count for key, count in calls.items() if key[1].startswith("picture")} == {
-        **{("stat", f"picture_{number}.mp4"): 1 for number in range(5)},
-        **{("open", f"picture_{number}.json"): 1 for number in range(5)},
-    }
+    row, downloader = make_row(video_url=None), make_downloader(tmp_path)
+    assert downloader.get_succeeded_tasks({"task_results": [row]}) == []
+    answer = {"id": row["task_id"], "status": "SUCCEEDED", "output": [cdn.add("0.mp4", WHOLE)]}
+    cdn.add(f"v1/tasks/{row['task_id']}", json.dumps(answer).encode())
+    monkeypatch.setenv("RUNWAYML_API_SECRET", "key")
+    monkeypatch.setenv("RUNWAYML_BASE_URL", cdn.url)
+    assert downloader.get_succeeded_tasks({"task_results": [row]}) == [row]
+    assert downloader.process_succeeded_task(row) is True
+    assert_whole(tmp_path, "picture_0", make_task_id(0), WHOLE)
 
 
 def test_processing_a_file_answers_how_many_videos_are_on_disk(tmp_path: Path, cdn: Cdn) -> None:
-    links = [
-        cdn.add("0.mp4", make_mp4(0, SMALL)),
-        cdn.add("1.mp4", make_mp4(1, SMALL), Reply(status=403), Reply()),
-        cdn.add("2.mp4", make_mp4(2, SMALL)),
-    ]
+    replies = [(Reply(),), (Reply(status=403), Reply()), (Reply(),)]
+    links = [cdn.add(f"{i}.mp4", WHOLE, *reply) for i, reply in enumerate(replies)]
     rows = [make_row(i, video_url=link) for i, link in enumerate(links)]
     file = write_results(tmp_path, [*rows, rows[0]])
     assert make_downloader(tmp_path).process_polling_results_file(file) == 2
     downloader = make_downloader(tmp_path)
     assert downloader.process_polling_results_file(str(file)) == 3
-    counted = {"total_succeeded": 3, "downloaded": 1, "already_exists": 2}
-    assert downloader.stats == dsv.empty_stats() | counted
+    assert downloader.stats == figures(total_succeeded=3, downloaded=1, already_exists=2)
     assert downloader.process_polling_results_file(tmp_path / "missing.json") == 0
 
 
 @pytest.mark.parametrize(
     "task",
-    [None, 5, "SUCCEEDED", [], {}, {"final_status": "SUCCEEDED"}, make_row(0, video_url=5),
-     make_row(0, video_url="https://cdn.invalid:99999/"), make_row(0, task_id=[], video_url=None)],
+    [None, 5, [], {}, {"final_status": "SUCCEEDED"}, make_row(0, video_url=5),
+     make_row(0, task_id=[], video_url=None)],
     ids=repr,
 )  # fmt: skip
-def test_useless_task_fails_without_raising(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Any
-) -> None:
-    monkeypatch.delenv("RUNWAYML_API_SECRET", raising=False)
+def test_useless_task_fails_without_raising(tmp_path: Path, task: Any) -> None:
     downloader = make_downloader(tmp_path)
     assert downloader.process_succeeded_task(task) is False
-    assert downloader.stats == dsv.empty_stats() | {"total_succeeded": 1, "failed_downloads": 1}
+    assert downloader.stats == figures(total_succeeded=1, failed_downloads=1)
     assert names_in(tmp_path) == set()
     assert downloader.get_succeeded_tasks({"task_results": [task]}) == []
     assert downloader.get_succeeded_tasks(task) == []
@@ -1831,55 +1225,42 @@ def test_useless_task_fails_without_raising(
         pytest.param({"task_id": None, "target_filename_stub": None}, id="no id, no stub"),
         pytest.param({"prompt": 5, "image_path": b"x", "status": [], "timestamp": {}}, id="types"),
         pytest.param({"prompt": "\ud800\0" * 100_000}, id="long prompt"),
-        pytest.param({"seed": float("nan")}, id="NaN"),
-        pytest.param({"seed": float("inf")}, id="infinite"),
+        pytest.param({"seed": float("nan"), "duration": float("inf")}, id="no numbers"),
         pytest.param({"theme": nested(5000)}, id="nesting"),
         pytest.param({"seed": 10**6000}, id="huge number"),
-        pytest.param({"cluster_id": {1, 2}}, id="no JSON type"),
-        pytest.param({"cluster_id": {(1, 2): b""}}, id="keys of no JSON type"),
-        pytest.param({"duration": datetime(2025, 6, 17)}, id="date"),
+        pytest.param({"cluster_id": {(1, 2): b""}, "duration": datetime.min}, id="no JSON"),
     ],
 )
 def test_hostile_fields_never_cost_the_video(
-    tmp_path: Path, mocked: responses.RequestsMock, changes: dict[str, Any]
+    tmp_path: Path, cdn: Cdn, changes: dict[str, Any]
 ) -> None:
-    mocked.get("https://cdn.invalid/0.mp4", body=WHOLE, content_type="video/mp4")
     downloader = make_downloader(tmp_path)
-    row = make_row(0, **changes)
+    row = make_row(0, video_url=cdn.add("0.mp4", WHOLE), **changes)
     assert downloader.process_succeeded_task(row) is True
     (video,) = tmp_path.glob("*.mp4")
     assert video.read_bytes() == WHOLE
     strict_json(video.with_suffix(".json").read_bytes())
     assert downloader.create_metadata_json(row, video, tmp_path / "again.json") is True
     assert make_downloader(tmp_path).process_succeeded_task(row) is True
-    assert len(mocked.calls) == 1
+    assert len(cdn.requests) == 1
 
 
-def test_create_metadata_json_writes_what_a_download_writes(tmp_path: Path) -> None:
-    video, metadata = tmp_path / "a.mp4", tmp_path / "b.json"
-    video.write_bytes(WHOLE)
-    downloader = make_downloader(tmp_path)
-    assert downloader.create_metadata_json(make_row(4), str(video), str(metadata)) is True
-    written = strict_json(metadata.read_bytes())
-    assert written["video_file"] == "a.mp4"
-    assert written["runway_task_json"]["task_id"] == make_task_id(4)
-    assert written["file_info"] == {
-        "size_bytes": len(WHOLE), "size_mb": 0.0, "sha256": hashlib.sha256(WHOLE).hexdigest(),
-    }  # fmt: skip
-    assert names_in(tmp_path) == {"a.mp4", "b.json"}
+def test_create_metadata_json_writes_what_a_download_writes(tmp_path: Path, cdn: Cdn) -> None:
+    row, downloader = make_row(video_url=cdn.add("0.mp4", WHOLE)), make_downloader(tmp_path)
+    assert downloader.process_succeeded_task(row)
+    video, metadata = tmp_path / "picture_0.mp4", tmp_path / "b.json"
+    assert downloader.create_metadata_json(row, str(video), str(metadata)) is True
+    one, other = (strict_json(path.read_bytes()) for path in (video.with_suffix(".json"), metadata))
+    assert one | {"download_timestamp": ""} == other | {"download_timestamp": ""}
+    assert list(one) == list(other)
 
 
 @pytest.mark.parametrize(
     ("task", "video", "metadata"),
-    [
-        pytest.param({}, "missing.mp4", "b.json", id="no video"),
-        pytest.param({}, ".", "b.json", id="a directory as video"),
-        pytest.param({}, "a\0.mp4", "b.json", id="an impossible name"),
-        pytest.param({}, "a.mp4", "missing/b.json", id="no directory"),
-        pytest.param({}, "a.mp4", "a.mp4/b.json", id="a file as directory"),
-        pytest.param(None, "a.mp4", "b.json", id="no task"),
-    ],
-)
+    [({}, "missing.mp4", "b.json"), ({}, ".", "b.json"), ({}, "a\0.mp4", "b.json"),
+     ({}, "a.mp4", "missing/b.json"), (None, "a.mp4", "a.mp4")],
+    ids=["no video", "a directory", "an impossible name", "no directory", "another's file"],
+)  # fmt: skip
 def test_create_metadata_json_answers_false_when_it_cannot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], task: Any, video: str, metadata: str
 ) -> None:
@@ -1887,15 +1268,15 @@ def test_create_metadata_json_answers_false_when_it_cannot(
     downloader = make_downloader(tmp_path)
     done = downloader.create_metadata_json(task, tmp_path / video, tmp_path / metadata)
     assert done is False
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
     assert names_in(tmp_path) == {"a.mp4"}
 
 
 def test_on_outcome_is_called_once_per_task_in_the_calling_thread(tmp_path: Path, cdn: Cdn) -> None:
-    rows = [make_row(i, video_url=cdn.add(f"{i}.mp4", make_mp4(i, SMALL))) for i in range(6)]
+    rows = [make_row(i, video_url=cdn.add(f"{i}.mp4", WHOLE)) for i in range(6)]
     rows[4]["video_url"] = cdn.add("gone.mp4", b"", Reply(status=404))
-    done = {"picture_0.mp4": WHOLE, "picture_0.json": make_task(0)}
-    lay_out(tmp_path, done | {"picture_5.mp4": WHOLE})
+    there = {"picture_0.mp4": WHOLE, "picture_0.json": make_task(0)}
+    lay_out(tmp_path, there | {"picture_5.mp4": WHOLE})  # the last one is to be adopted
     seen: list[tuple[int, Any]] = []
     downloader = make_downloader(
         tmp_path, on_outcome=lambda outcome: seen.append((threading.get_ident(), outcome))
@@ -1906,103 +1287,38 @@ def test_on_outcome_is_called_once_per_task_in_the_calling_thread(tmp_path: Path
     assert len(seen) == len(outcomes) == 6
     statuses = [outcomes[make_task_id(i)].status.value for i in range(6)]
     assert statuses == ["exists", *["downloaded"] * 3, "failed", "exists"]
-    assert outcomes[make_task_id(1)].path == tmp_path / "picture_1.mp4"
-    assert outcomes[make_task_id(1)].size_bytes == SMALL
+    one = outcomes[make_task_id(1)]
+    assert (one.path, one.size_bytes, one.error) == (tmp_path / "picture_1.mp4", SMALL, "")
     assert "404" in outcomes[make_task_id(4)].error
-    assert outcomes[make_task_id(4)].path is None
+    assert "secret" not in repr(seen)
 
 
-def test_a_callback_that_raises_leaves_no_thread_behind(tmp_path: Path, cdn: Cdn) -> None:
-    rows = [make_row(i, video_url=cdn.add(f"{i}.mp4", make_mp4(i, SMALL))) for i in range(20)]
+def test_a_callback_that_raises_leaves_no_thread_behind(
+    tmp_path: Path, mocked: responses.RequestsMock
+) -> None:
+    mocked.get(re.compile("https://cdn.invalid/"), body=WHOLE)
+    before = set(threading.enumerate())
 
     def refuse(_outcome: dsv.Outcome) -> None:
         raise KeyError("mine")
 
+    file = write_results(tmp_path, map(make_row, range(20)))
     with pytest.raises(KeyError, match="mine"):
-        make_downloader(tmp_path, on_outcome=refuse).process_polling_results_file(
-            write_results(tmp_path, rows)
-        )
-    ours = ("download", "commit")
-    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith(ours)])
-    assert list(tmp_path.glob("*.mp4"))
+        make_downloader(tmp_path, on_outcome=refuse).process_polling_results_file(file)
+    wait_until(lambda: before.issuperset(threading.enumerate()))
+    assert make_downloader(tmp_path).process_polling_results_file(file) == 20
 
 
-def test_a_callback_may_try_its_failed_task_again(tmp_path: Path, cdn: Cdn) -> None:
-    row = make_row(video_url=cdn.add("0.mp4", make_mp4(0, SMALL), Reply(status=404), Reply()))
-    again: list[bool] = []
-
-    def retry(outcome: dsv.Outcome) -> None:
-        if outcome.status is dsv.Status.FAILED:
-            again.append(downloader.process_succeeded_task(row))
-
-    downloader = make_downloader(tmp_path, on_outcome=retry)
-    assert downloader.process_succeeded_task(row) is False
-    assert again == [True]
-
-
-def test_neither_repr_nor_the_libraries_logs_show_a_query(
-    tmp_path: Path, cdn: Cdn, caplog: pytest.LogCaptureFixture
-) -> None:
-    link = cdn.add("0.mp4", make_mp4(0, SMALL), Reply(headers={"X-Odd": "1\r\nno colon"}))
-    seen: list[dsv.Outcome] = []
-    with caplog.at_level("DEBUG"):
-        downloader = make_downloader(tmp_path, on_outcome=seen.append)
-        assert downloader.process_succeeded_task(make_row(video_url=link))
-    assert "0.mp4" in caplog.text
-    assert "secret" not in caplog.text + repr(seen)
-
-
-def test_a_callers_stand_in_for_the_console_is_enough(
+def test_callers_may_patch_requests_and_replace_the_console(
     tmp_path: Path, cdn: Cdn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Tee:
-        def __init__(self) -> None:
-            self.text = ""
-
-        def write(self, text: str) -> None:
-            self.text += text
-
-    out = Tee()
+    out = mock.Mock(spec=["write"])
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", Tee())
-    link = cdn.add("0.mp4", make_mp4(0, SMALL))
-    assert make_downloader(tmp_path).process_succeeded_task(make_row(video_url=link))
-    assert "✅ Downloaded: 0.00 MB" in out.text
-
-
-def test_a_run_that_is_stopped_ends_while_it_still_plans() -> None:
-    stop = dsv.Stop()
-    seen = iter(stop.watch([make_task(0), make_task(1)]))
-    assert next(seen).task_id == make_task_id(0)
-    stop.on_signal(signal.SIGTERM, None)
-    with pytest.raises(dsv.Stopped):
-        next(seen)
-
-
-def test_a_doubled_signal_is_one() -> None:
-    """``timeout`` and CI runners signal the process, then its group."""
-    stop = dsv.Stop()
-    stop.on_signal(signal.SIGTERM, None)
-    stop.on_signal(signal.SIGTERM, None)
-    with pytest.raises(dsv.Stopped):
-        stop.check()
-
-
-def in_threads(action: Callable[[Any], object], items: Sequence[Any]) -> list[object]:
-    """The results of ``action`` on all ``items``, each in a thread, all begun together."""
-    results: list[object] = [None] * len(items)
-    barrier = threading.Barrier(len(items))
-
-    def work(index: int) -> None:
-        barrier.wait(10)
-        results[index] = action(items[index])
-
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(items))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return results
+    monkeypatch.setattr(sys, "stderr", mock.Mock(spec=["write"]))
+    row = make_row(video_url=cdn.add("0.mp4", WHOLE))
+    with mock.patch("download_succeeded_videos.requests.get"):
+        assert make_downloader(tmp_path).process_succeeded_task(row)
+    assert "✅ Downloaded: 0.00 MB" in str(out.write.mock_calls)
 
 
 def test_threads_on_one_downloader_give_each_task_its_own_name(tmp_path: Path, cdn: Cdn) -> None:
@@ -2013,38 +1329,22 @@ def test_threads_on_one_downloader_give_each_task_its_own_name(tmp_path: Path, c
     ]
     outcomes: list[Any] = []
     downloader = make_downloader(tmp_path, on_outcome=outcomes.append)
-    assert in_threads(downloader.process_succeeded_task, rows) == [True] * 12
-    assert downloader.stats == dsv.empty_stats() | {"total_succeeded": 12, "downloaded": 12}
-    assert sorted(each.task_id for each in outcomes) == sorted(row["task_id"] for row in rows)
+    with ThreadPoolExecutor(24) as pool:
+        assert all(pool.map(downloader.process_succeeded_task, [*rows, *rows]))
+    assert downloader.stats == figures(total_succeeded=24, downloaded=12, already_exists=12)
+    assert Counter(each.task_id for each in outcomes) == {row["task_id"]: 2 for row in rows}
     names = owners(tmp_path)
     for i, body in enumerate(bodies):
         assert_whole(tmp_path, names[make_task_id(i)], make_task_id(i), body)
     assert len(names_in(tmp_path)) == 24
-
-
-def test_threads_on_one_task_download_it_once(tmp_path: Path, cdn: Cdn) -> None:
-    row = make_row(0, video_url=cdn.add("0.mp4", WHOLE))
-    downloader = make_downloader(tmp_path)
-    assert in_threads(downloader.process_succeeded_task, [row] * 8) == [True] * 8
-    counted = {"total_succeeded": 8, "downloaded": 1, "already_exists": 7}
-    assert downloader.stats == dsv.empty_stats() | counted
-    assert len(cdn.asked("0.mp4")) == 1
-    assert_whole(tmp_path, "picture_0", make_task_id(0), WHOLE)
-
-
-@pytest.mark.parametrize("name", ["a_file", "a_file/below", "nul\0"])
-def test_output_directory_that_cannot_be_made_is_one_clear_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / "a_file").touch()
-    with pytest.raises(dsv.JobError, match="output directory") as raised:
-        dsv.VideoDownloader(tmp_path / name)
-    assert "\n" not in str(raised.value)
-    assert dsv.printable(str(raised.value)) == str(raised.value)
+    assert len(cdn.requests) == 12
 
 
 # --- Nothing that was paid for is lost ---------------------------------------------------------
 
 VIDEO_BYTES = 60_000
 HALF = VIDEO_BYTES // 2
+BIG = 900_000  # as real ones are: a small video says little about what is buffered
 SECRETS = re.compile(r"_jwt|eyJ|secret", re.IGNORECASE)  # what queries and the API key hold
 API_KEY = "key_secret_0123456789abcdef"
 
@@ -2055,132 +1355,81 @@ def download(
     """A run of the real script for ``rows``; whatever it does, it tells no secret."""
     write_results(directory, rows)
     result = run_script(directory, *arguments, env=env)
-    assert "Traceback" not in result.stdout + result.stderr
     assert not SECRETS.search((result.stdout + result.stderr).replace("RUNWAYML_API_SECRET", ""))
     return result
 
 
-def hidden_in(directory: Path) -> dict[str, bytes]:
-    """The part files and whatever else a run keeps out of sight, but for its lock."""
-    names = {name for name in names_in(directory) if name.startswith(".")}
-    return {name: (directory / name).read_bytes() for name in names if "lock" not in name}
+def hidden_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.glob(".*")}
 
 
-def last_box(video: bytes) -> int:
-    """Where the last box of ``video`` begins: cut there, all boxes are whole."""
-    sizes = (int.from_bytes(video[at : at + 4], "big") for at in range(len(video)))
-    return next(at for at, size in enumerate(sizes) if at and at + size == len(video))
+def parts_in(directory: Path) -> dict[Path, bytes]:
+    """The hidden files that hold the beginning of an MP4, and what they hold."""
+    parts = {}
+    for path in (directory / name for name in hidden_in(directory)):
+        with contextlib.suppress(OSError):  # gone meanwhile, or a directory
+            parts[path] = path.read_bytes()
+    return {path: data for path, data in parts.items() if data[4:8] == b"ftyp"}
 
 
 # One table of replies. Each row: the replies in turn (the last one stays), then how often the
 # video is asked for with --retries 2, then why it fails, as a pattern; "" when it comes whole.
 
-WRONG_TYPE = {"Content-Type": "text/html; charset=utf-8"}
-
 
 def make_reply_table(video: bytes) -> dict[str, tuple[Sequence[Reply], int, str]]:
-    gzipped, deflated = gzip.compress(video), zlib.compress(video)
-    half, last = len(video) // 2, last_box(video)
+    gzipped = gzip.compress(video)
+    half = len(video) // 2
     damaged = gzipped[:-6] + bytes([gzipped[-6] ^ 1]) + gzipped[-5:]
 
-    def encoded(body: bytes, encoding: str = "gzip", **how: Any) -> Reply:
-        return Reply(body=body, headers={"Content-Encoding": encoding}, **how)
+    def encoded(body: bytes, **how: Any) -> Reply:
+        return Reply(body=body, headers={"Content-Encoding": "gzip"}, **how)
 
-    def status(code: int, **headers: str) -> Reply:
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        return Reply(status=code, body=b"no", headers={"Content-Type": "video/mp4"} | names)
+    def status(code: int, retry_after: str | None = None) -> Reply:
+        return Reply(status=code, body=b"no", headers={"Retry-After": retry_after})
 
-    def redirect(code: int, target: str) -> Reply:
-        return Reply(status=code, body=b"", headers={"Location": target})
+    def redirect(target: str) -> Reply:
+        return Reply(status=302, body=b"", headers={"Location": target})
 
     good = Reply()
     return {
         "good": ([good], 1, ""),
         "cut": ([Reply(send=half), good], 2, ""),
-        "cut-before-the-first-byte": ([Reply(send=0), good], 2, ""),
-        "cut-by-one-byte": ([Reply(send=len(video) - 1), good], 2, ""),
-        "cut-between-two-boxes": ([Reply(send=last, headers={"ETag": None}), good], 2, ""),
+        "cut-between-boxes": ([Reply(send=len(video) - 8, headers={"ETag": None}), good], 2, ""),
         "cut-again-and-again": ([Reply(send=len(video) // 5 + 1)], 5, ""),
         "reset": ([Reply(send=half, ending="reset"), good], 2, ""),
-        "reset-before-the-first-byte": ([Reply(send=0, ending="reset"), good], 2, ""),
-        "500-then-good": ([status(500), good], 2, ""),
-        "502-503-then-good": ([status(502), status(503), good], 3, ""),
+        **{f"{code}-then-good": ([status(code), good], 2, "") for code in (408, 425, 429, 500)},
+        "redirected": ([redirect("/good/it.mp4?_jwt=secret")], 1, ""),
+        "redirected-in-a-loop": ([redirect("?_jwt=secret")], 31, "address"),
         "always-500": ([status(500)], 3, "HTTP 500"),
-        "always-599": ([status(599)], 3, "HTTP 599"),
-        "503-retry-after": ([status(503, Retry_After="1"), good], 2, ""),
-        "503-retry-after-a-past-date": (
-            [status(503, Retry_After="Tue, 17 Jun 2025 04:00:00 GMT"), good], 2, ""),
-        "503-retry-after-nonsense": ([status(503, Retry_After="soon"), good], 2, ""),
-        "503-retry-after-too-long": ([status(503, Retry_After="300"), good], 1, "503.* 300 s"),
-        "429-retry-after-a-far-date": (
-            [status(429, Retry_After="Sat, 17 Jun 2079 04:00:00 GMT"), good], 1, "429.* wait"),
-        "408-then-good": ([status(408), good], 2, ""),
-        "425-then-good": ([status(425), good], 2, ""),
-        "429-then-good": ([status(429), good], 2, ""),
-        "204": ([Reply(status=204, body=b"", headers={"Content-Length": None})], 1, "HTTP 204"),
-        "304": ([Reply(status=304, body=b"", headers={"Content-Length": None})], 1, "HTTP 304"),
+        "503-retry-after": ([status(503, "1"), good], 2, ""),
+        "503-retry-after-too-long": ([status(503, "300"), good], 1, "503.* 300 s"),
         **{str(code): ([status(code), good], 1, f"HTTP {code}") for code in
            (400, 401, 402, 403, 404, 405, 410, 416, 451)},
-        "html-by-type": ([Reply(headers=WRONG_TYPE)], 1, "error page.*text/html"),
-        "plain-text-by-type": ([Reply(headers={"Content-Type": "text/plain"})], 1, "error page"),
-        "json-by-type": ([Reply(headers={"Content-Type": "application/json"})], 1, "error page"),
-        "html-by-first-bytes": ([Reply(body=b"\n <!DOCTYPE html><p>Sorry")], 1, "error page"),
-        "json-by-first-bytes": ([Reply(body=b'{"message": "denied"}')], 1, "error page"),
-        "xml-by-first-bytes": ([Reply(body=b"\xef\xbb\xbf<?xml version='1.0'?><Error/>")], 1,
-                               "error page"),
-        "html-by-first-bytes-chunked": ([Reply(body=b"<html>", framing="chunked")], 1,
-                                        "error page"),
+        **{f"no-video-{name}": ([Reply(body=body)], 1, reason) for name, (body, reason) in {
+            "page": (b"\n <!DOCTYPE html><p>Sorry", "text"),
+            "error": (b"\xef\xbb\xbf<?xml version='1.0'?><Error/>", "text"),
+            "json": (b'{"message": "denied"}', "text"),
+            "playlist": (b"#EXTM3U\n#EXT-X-VERSION:3\n" + b"0.ts\n" * 99, "text"),
+            "words": (b"Access denied", "text"),
+            "one-byte": (b"x", "text"),
+            "zeros": (bytes(VIDEO_BYTES), "zero bytes"),
+        }.items()},
+        "page-chunked": ([Reply(body=b"<html>", framing="chunked")], 1, "text"),
         "empty": ([Reply(body=b"")], 1, "empty"),
-        "empty-chunked": ([Reply(body=b"", framing="chunked")], 1, "empty"),
-        "empty-gzipped": ([encoded(gzip.compress(b""))], 1, "empty"),
         "chunked": ([Reply(framing="chunked")], 1, ""),
         "chunked-and-cut": ([Reply(framing="chunked", send=half), good], 2, ""),
-        "chunked-and-reset": ([Reply(framing="chunked", send=half, ending="reset"), good], 2, ""),
         "until-close": ([Reply(framing="close")], 1, ""),
         "until-close-and-cut": ([Reply(framing="close", send=half), good], 2, ""),
-        "until-close-and-cut-in-the-first-box": ([Reply(framing="close", send=6), good], 2, ""),
         "until-close-always-cut": ([Reply(framing="close", send=half)], 3, "cut short"),
         "whole-by-length-but-cut": ([Reply(body=video[:half]), good], 2, ""),
         "gzip": ([encoded(gzipped)], 1, ""),
-        "gzip-in-two-members": (
-            [encoded(gzip.compress(video[:half]) + gzip.compress(video[half:]))], 1, ""),
-        "gzip-chunked": ([encoded(gzipped, framing="chunked")], 1, ""),
         "gzip-and-cut": ([encoded(gzipped, send=half), good], 2, ""),
-        "gzip-until-close-and-cut": ([encoded(gzipped, framing="close", send=half), good], 2, ""),
-        "gzip-cut-before-its-checksum": ([encoded(gzipped[:-4], framing="close"), good], 2, ""),
         "gzip-damaged": ([encoded(damaged), good], 2, ""),
-        "gzip-that-is-none": ([encoded(video), good], 2, ""),
-        "gzip-of-a-page": ([encoded(gzip.compress(b"<html>"))], 1, "error page"),
-        "deflate": ([encoded(deflated, "deflate")], 1, ""),
-        "deflate-without-head": ([encoded(deflated[2:-4], "deflate")], 1, ""),
-        "deflate-and-cut": ([encoded(deflated, "deflate", send=half), good], 2, ""),
-        "identity-said": ([encoded(video, "identity")], 1, ""),
-        "unknown-encoding": ([encoded(deflated, "zstd-of-2031")], 1, "encoding.*zstd-of-2031"),
-        "unknown-encoding-said-of-a-plain-mp4": ([encoded(video, "zstd-of-2031")], 1, ""),
-        "redirected-301": ([redirect(301, "/good.mp4?_jwt=secret")], 1, ""),
-        "redirected-302-307-308": ([redirect(302, "/hop-1.mp4?_jwt=secret")], 1, ""),
-        "redirected-to-a-dead-end": ([redirect(302, "/nothing.mp4?_jwt=secret")], 1, "HTTP 404"),
-        "redirected-in-a-loop": ([redirect(302, "?_jwt=secret")], 31, "redirect"),
-        "redirected-to-ftp": ([redirect(302, "ftp://127.0.0.1/_jwt=secret")], 1, "address"),
-        "redirected-to-no-port": ([redirect(302, "http://a:99999/?_jwt=secret")], 1, "address"),
-        "redirected-to-half-an-address": ([redirect(302, "http://[::1/?_jwt=secret")], 1,
-                                          "address"),
-        "redirected-nowhere": ([Reply(status=302, body=b"")], 1, "HTTP 302"),
         "length-too-short": ([Reply(headers={"Content-Length": str(half)}), good], 2, ""),
-        "length-too-long": ([Reply(framing="close", headers={"Content-Length": "999999"}), good],
-                            3, ""),
-        "length-nonsense": ([Reply(framing="close", headers={"Content-Length": "many"})], 1, ""),
-        "length-negative": ([Reply(framing="close", headers={"Content-Length": "-1"})], 1, ""),
         "part-not-asked-for": (
             [Reply(status=206, headers={"Content-Range": f"bytes 9-{half}/{len(video)}"}), good],
             2, ""),
     }  # fmt: skip
-
-
-def add_redirect_targets(cdn: Cdn, video: bytes) -> None:
-    cdn.add("good.mp4", video)
-    for hop, code, target in ((1, 307, "/hop-2.mp4"), (2, 308, "/good.mp4")):
-        cdn.add(f"hop-{hop}.mp4", b"", Reply(status=code, body=b"", headers={"Location": target}))
 
 
 @dataclass
@@ -2194,37 +1443,52 @@ class TableRun:
     console: str
 
 
-def run_table(cdn: Cdn, directory: Path, rows: Iterable[Any], *arguments: str) -> TableRun:
-    result = download(directory, rows, "--json", "--workers", "64", *arguments)
+def run_table(
+    cdn: Cdn, directory: Path, rows: Iterable[Any], *arguments: str, **how: Any
+) -> TableRun:
+    result = download(directory, rows, "--json", "--workers", "64", *arguments, **how)
     videos = {video["task_id"]: video for video in json.loads(result.stdout)["videos"]}
     output_dir = directory / "video_outputs"
     return TableRun(cdn, output_dir, result.returncode, videos, result.stderr)
 
 
-def ends_whole(run: TableRun, number: int, body: bytes) -> None:
-    assert run.videos[make_task_id(number)]["error"] is None
-    assert_whole(run.output_dir, f"picture_{number}", make_task_id(number), body)
-
-
-def ends_failed(run: TableRun, number: int, reason: str) -> None:
-    video = run.videos[make_task_id(number)]
+def ends(run: TableRun, number: int, body: bytes, reason: str = "") -> None:
+    """The video of that number is whole, or failed for ``reason``, a pattern."""
+    video, name = run.videos[make_task_id(number)], f"picture_{number}"
+    if not reason:
+        assert video["error"] is None
+        assert_whole(run.output_dir, name, make_task_id(number), body)
+        return
     assert video["status"] == "failed"
     assert re.search(reason, video["error"])
-    assert not names_in(run.output_dir) & {f"picture_{number}.mp4", f"picture_{number}.json"}
+    assert not names_in(run.output_dir) & {f"{name}.mp4", f"{name}.json"}
 
 
 REPLY_TABLE = make_reply_table(make_mp4("table", VIDEO_BYTES))
 
+# What is whole and no error page is kept. Each row: the answer, and the warning, as a pattern.
+
+KEPT_TABLE: dict[str, tuple[Reply, str]] = {
+    "mp4-as-text": (Reply(body=make_mp4(1), headers={"Content-Type": "text/plain"}), ""),
+    "mp4-and-four-zero-bytes": (Reply(body=make_mp4(3) + bytes(4)), "behind it"),
+    "webm": (Reply(body=b"\x1aE\xdf\xa3\x9fB\x86\x81\x01" * 99), "no MP4"),
+    "gif-chunked": (Reply(body=b"GIF89a\x40\0\x40\0" * 99, framing="chunked"), "no MP4"),
+}
+
 
 @pytest.fixture(scope="module")
 def reply_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TableRun]:
+    """Both tables at once. What asks to hold back does so under another name of the host."""
     video = make_mp4("table", VIDEO_BYTES)
+    replies = {name: row[0] for name, row in REPLY_TABLE.items()}
+    replies |= {name: [reply] for name, (reply, _) in KEPT_TABLE.items()}
+    rows = []
     with Cdn() as cdn:
-        add_redirect_targets(cdn, video)
-        rows = [
-            make_row(number, video_url=cdn.add(f"{name}/it.mp4", video, *replies))
-            for number, (name, (replies, _, _)) in enumerate(REPLY_TABLE.items())
-        ]
+        for number, (name, each) in enumerate(replies.items()):
+            link = cdn.add(f"{name}/it.mp4", video, *each)
+            if "429" in name or "503" in name:
+                link = link.replace("127.0.0.1", "localhost")
+            rows.append(make_row(number, video_url=link))
         yield run_table(cdn, tmp_path_factory.mktemp("replies"), rows, "--retries", "2")
 
 
@@ -2234,62 +1498,45 @@ def test_a_reply_is_retried_if_that_may_help_and_ends_whole_or_failed(
 ) -> None:
     _, requests, reason = REPLY_TABLE[name]
     number = list(REPLY_TABLE).index(name)
-    if reason:
-        ends_failed(reply_run, number, reason)
-    else:
-        ends_whole(reply_run, number, make_mp4("table", VIDEO_BYTES))
-    assert len(reply_run.cdn.asked(f"{name}/it.mp4")) == requests
+    ends(reply_run, number, make_mp4("table", VIDEO_BYTES), reason)
+    asked = len(reply_run.cdn.asked(f"{name}/it.mp4"))
+    assert asked == requests + (name == "good")  # a redirect leads there
 
 
-def test_nothing_is_left_of_what_failed(reply_run: TableRun) -> None:
-    whole = [number for number, row in enumerate(REPLY_TABLE.values()) if not row[2]]
-    wanted = {f"picture_{number}.{suffix}" for number in whole for suffix in ("mp4", "json")}
-    assert names_in(reply_run.output_dir) == wanted
-    assert reply_run.exit_code == 3
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(b"RIFF\0\0\0\0AVI " * 99, id="another-container"),
-        pytest.param(make_mp4(0, 9000) + b"\0\0\0\7free" * 9, id="an-odd-box-at-the-end"),
-        pytest.param(b"[video]", id="a-few-bytes-of-anything"),
-    ],
-)
-@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
-def test_what_is_no_mp4_but_whole_is_kept_with_a_warning(
-    cdn: Cdn, tmp_path: Path, capsys: pytest.CaptureFixture[str], body: bytes, framing: str
+@pytest.mark.parametrize("name", KEPT_TABLE)
+def test_what_came_whole_is_kept_whatever_its_type_with_a_warning_if_it_is_no_mp4(
+    reply_run: TableRun, name: str
 ) -> None:
-    row = make_row(video_url=cdn.add("0.mp4", body, Reply(framing=framing)))
-    assert make_downloader(tmp_path).process_succeeded_task(row)
-    assert_whole(tmp_path, "picture_0", make_task_id(0), body)
-    assert "⚠️ kept, but it is" in capsys.readouterr().out
-    assert len(cdn.requests) == 1
+    reply, warning = KEPT_TABLE[name]
+    number = len(REPLY_TABLE) + list(KEPT_TABLE).index(name)
+    ends(reply_run, number, reply.body or b"")
+    said = reply_run.videos[make_task_id(number)]["warning"]
+    assert re.search(warning, said) if warning else said is None
+    assert len(reply_run.cdn.asked(f"{name}/it.mp4")) == 1
 
 
-@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
-def test_a_long_body_of_a_redirect_is_left_unread(cdn: Cdn, tmp_path: Path, framing: str) -> None:
-    target = cdn.add("it.mp4", OBJECT)
-    redirect = Reply(
-        302, b"<" * 9_000_000, {"Location": target}, framing=framing, send=600_000, ending="hang"
-    )
-    row = make_row(video_url=cdn.add("0.mp4", b"", redirect))
-    assert make_downloader(tmp_path, retries=0).process_succeeded_task(row)
-    assert_whole(tmp_path, "picture_0", make_task_id(0), OBJECT)
+def test_nothing_is_left_of_what_failed_and_each_failure_is_said(reply_run: TableRun) -> None:
+    reasons = [reason for *_, reason in REPLY_TABLE.values()] + [""] * len(KEPT_TABLE)
+    whole = {f"picture_{number}" for number, reason in enumerate(reasons) if not reason}
+    left = names_in(reply_run.output_dir)
+    assert left == {f"{stub}{suffix}" for stub in whole for suffix in (".mp4", ".json")}
+    assert reply_run.exit_code == 3
+    assert f"Failed downloads: {len(reasons) - len(whole)}\n" in reply_run.console
+
+
+def test_retry_after_is_honoured(reply_run: TableRun) -> None:
+    first, second = reply_run.cdn.asked("503-retry-after/it.mp4")
+    assert second.at - first.at >= 1
 
 
 # Resuming. Each row: the replies after one that was cut half way, from which byte on each was
 # asked for (None: all of it), and whether the object was another one by then.
 
 OBJECT, OTHER = make_mp4("object", VIDEO_BYTES), make_mp4("other", VIDEO_BYTES)
-DATED = {"ETag": None, "Last-Modified": "Tue, 17 Jun 2025 04:00:00 GMT"}
+ONLY_DATED = {"ETag": None, "Last-Modified": "Tue, 17 Jun 2025 04:00:00 GMT"}
 WEAK = {"ETag": 'W/"object"'}
 CUT = Reply(send=HALF)
 END = VIDEO_BYTES - 1
-
-
-def ranged(first: int, last: int, total: int) -> Reply:
-    return Reply(headers={"Content-Range": f"bytes {first}-{last}/{total}"})
 
 
 def sent_from(first: int) -> Reply:
@@ -2301,22 +1548,10 @@ def sent_from(first: int) -> Reply:
 RESUME_TABLE: dict[str, tuple[Sequence[Reply], Sequence[int | None], bytes]] = {
     "the-same-object": ([CUT, Reply()], [None, HALF], OBJECT),
     "after-a-503": ([CUT, Reply(status=503), Reply()], [None, HALF, HALF], OBJECT),
-    "after-a-reset": ([CUT, Reply(send=0, ending="reset"), Reply()], [None, HALF, HALF], OBJECT),
-    "cut-twice-more": (
-        [CUT, Reply(send=HALF // 2), Reply(send=HALF // 4), Reply()],
-        [None, HALF, HALF + HALF // 2, HALF + HALF // 2 + HALF // 4],
-        OBJECT,
-    ),
     "chunked": ([CUT, Reply(framing="chunked")], [None, HALF], OBJECT),
-    "until-close": ([CUT, Reply(framing="close")], [None, HALF], OBJECT),
     "another-object": ([CUT, Reply(body=OTHER)], [None, HALF], OTHER),
-    "another-object-cut-too": (
-        [CUT, Reply(body=OTHER, send=HALF), Reply(body=OTHER)], [None, HALF, HALF], OTHER),
     "another-object-if-range-ignored": (
         [CUT, Reply(body=OTHER, if_range=False)], [None, HALF, None], OTHER),
-    "another-longer-object-if-range-ignored": (
-        [CUT, Reply(body=OTHER + make_mp4(1), if_range=False)], [None, HALF, None],
-        OTHER + make_mp4(1)),
     "another-object-of-the-same-etag": (
         [CUT, Reply(body=OTHER + make_mp4(1), headers={"ETag": make_etag(OBJECT)})],
         [None, HALF, None], OTHER + make_mp4(1)),
@@ -2324,45 +1559,17 @@ RESUME_TABLE: dict[str, tuple[Sequence[Reply], Sequence[int | None], bytes]] = {
         [CUT, Reply(body=make_mp4(1, HALF), if_range=False)], [None, HALF, None],
         make_mp4(1, HALF)),
     "range-ignored": ([CUT, Reply(ranges=False)], [None, HALF], OBJECT),
-    "206-without-etag": ([CUT, Reply(headers={"ETag": None}, if_range=False)],
-                         [None, HALF, None], OBJECT),
-    "206-with-another-etag": ([CUT, Reply(headers={"ETag": '"x"'}, if_range=False)],
-                              [None, HALF, None], OBJECT),
-    "206-with-the-etag-made-weak": (
-        [CUT, Reply(headers={"ETag": "W/" + make_etag(OBJECT)}, if_range=False)],
-        [None, HALF, None], OBJECT),
-    "206-too-early": ([CUT, sent_from(HALF - 1), Reply()], [None, HALF, None], OBJECT),
     "206-too-late": ([CUT, sent_from(HALF + 1), Reply()], [None, HALF, None], OBJECT),
     "206-of-everything": ([CUT, sent_from(0), Reply()], [None, HALF, None], OBJECT),
-    "206-of-another-total": ([CUT, ranged(HALF, END, VIDEO_BYTES + 1), Reply()],
-                             [None, HALF, None], OBJECT),
-    "206-of-less-than-its-length": ([CUT, ranged(HALF, END - 9, VIDEO_BYTES), Reply()],
-                                    [None, HALF, None], OBJECT),
-    "206-backwards": ([CUT, ranged(END, HALF, VIDEO_BYTES), Reply()], [None, HALF, None], OBJECT),
-    "206-of-unknown-total": (
-        [CUT, Reply(headers={"Content-Range": f"bytes {HALF}-{END}/*"}), Reply()],
-        [None, HALF, None], OBJECT),
-    "206-without-content-range": ([CUT, Reply(headers={"Content-Range": None}), Reply()],
-                                  [None, HALF, None], OBJECT),
     "206-gzipped": ([CUT, Reply(headers={"Content-Encoding": "gzip"}), Reply()],
                     [None, HALF, None], OBJECT),
-    "last-modified": ([Reply(send=HALF, headers=DATED), Reply(headers=DATED)],
+    "last-modified": ([Reply(send=HALF, headers=ONLY_DATED), Reply(headers=ONLY_DATED)],
                       [None, HALF], OBJECT),
-    "last-modified-changed": (
-        [Reply(send=HALF, headers=DATED),
-         Reply(body=OTHER, if_range=False, headers=DATED | {"Last-Modified": "Wed, 18 Jun 2025"})],
-        [None, HALF, None], OTHER),
     "weak-etag": ([Reply(send=HALF, headers=WEAK), Reply(body=OTHER, headers=WEAK)],
                   [None, None], OTHER),
-    "weak-etag-beside-a-date": (
-        [Reply(send=HALF, headers=WEAK | {"Last-Modified": DATED["Last-Modified"]}), Reply()],
-        [None, None], OBJECT),
     "no-validator": ([Reply(send=HALF, headers={"ETag": None}), Reply(body=OTHER)],
                      [None, None], OTHER),
     "no-length": ([Reply(send=HALF, framing="chunked"), Reply(body=OTHER)], [None, None], OTHER),
-    "an-etag-too-long-to-keep": (
-        [Reply(send=HALF, headers={"ETag": f'"{"x" * 300}"'}), Reply(body=OTHER)],
-        [None, None], OTHER),
 }  # fmt: skip
 
 
@@ -2382,6 +1589,7 @@ def resume_run(
             assert len(cdn.requests) == len(rows)
             rows = [row | {"video_url": row["video_url"] + ".fresh"} for row in rows]
         yield run_table(cdn, directory, rows, "--retries", "2")
+        assert len(names_in(directory / "video_outputs")) == 2 * len(rows)  # no part is left
 
 
 @pytest.mark.parametrize("name", RESUME_TABLE)
@@ -2389,26 +1597,11 @@ def test_a_cut_video_is_resumed_if_it_is_the_same_and_never_stitched(
     resume_run: TableRun, name: str
 ) -> None:
     _, starts, body = RESUME_TABLE[name]
-    ends_whole(resume_run, list(RESUME_TABLE).index(name), body)
-    assert [request.range_start for request in resume_run.cdn.asked(f"{name}.mp4")] == starts
-
-
-def test_nothing_hidden_is_left_when_all_is_done(resume_run: TableRun) -> None:
-    assert resume_run.exit_code == 0
-    assert len(names_in(resume_run.output_dir)) == 2 * len(RESUME_TABLE)
-
-
-@pytest.mark.parametrize(
-    ("name", "validator"),
-    [("the-same-object", make_etag(OBJECT)), ("last-modified", DATED["Last-Modified"])],
-)
-def test_a_range_is_asked_for_under_the_condition_of_the_validator(
-    resume_run: TableRun, name: str, validator: str
-) -> None:
-    first, second = resume_run.cdn.asked(f"{name}.mp4")
-    assert "If-Range" not in first.headers
-    assert second.headers["If-Range"] == validator
-    assert {each.headers["Accept-Encoding"] for each in (first, second)} == {"identity"}
+    ends(resume_run, list(RESUME_TABLE).index(name), body)
+    asked = resume_run.cdn.asked(f"{name}.mp4")
+    assert [request.range_start for request in asked] == starts
+    assert [bool(request.headers.get("If-Range")) for request in asked] == [*map(bool, starts)]
+    assert {request.headers["Accept-Encoding"] for request in asked} == {"identity"}
 
 
 def test_a_part_that_cannot_be_resumed_is_removed_at_once(cdn: Cdn, tmp_path: Path) -> None:
@@ -2417,17 +1610,10 @@ def test_a_part_that_cannot_be_resumed_is_removed_at_once(cdn: Cdn, tmp_path: Pa
     write_results(tmp_path, [make_row(i, video_url=link) for i, link in enumerate(links)])
     process = start_script(tmp_path)
     wait_until(lambda: len(cdn.requests) == 4)
-    left = hidden_in(tmp_path / "video_outputs")
+    left = parts_in(tmp_path / "video_outputs")
     cdn.released.set()
     assert finish(process).returncode == 0
     assert left == {}
-
-
-def test_a_part_is_dropped_when_its_task_is_in_no_results_file(cdn: Cdn, tmp_path: Path) -> None:
-    download(tmp_path, [make_row(video_url=cdn.add("0.mp4", OBJECT, CUT))], "--retries", "0")
-    assert list(hidden_in(tmp_path / "video_outputs").values()) == [OBJECT[:HALF]]
-    download(tmp_path, [make_row(1, video_url=cdn.add("1.mp4", OTHER))])
-    assert names_in(tmp_path / "video_outputs") == {"picture_1.mp4", "picture_1.json"}
 
 
 # Stalls. Each row: the replies, how the video ends, and from which byte on it was asked for.
@@ -2438,25 +1624,6 @@ STALL_TABLE: dict[str, tuple[Sequence[Reply], str, Sequence[int | None]]] = {
     "always-silent": ([Reply(wait_s=60)], "stalled", [None, None]),
     "slow-but-above-the-limit": ([Reply(bytes_per_second=40_000)], "", [None]),
 }
-
-
-class _TricklingHead(socketserver.StreamRequestHandler):
-    def handle(self) -> None:
-        with contextlib.suppress(OSError):
-            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
-            while True:
-                self.wfile.write(b"X-Padding: 1\r\n")
-                time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def trickling_head() -> Iterator[str]:
-    """A server whose head never ends; its address."""
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _TricklingHead) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
 
 
 @contextlib.contextmanager
@@ -2475,62 +1642,29 @@ def deaf_port() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def stall_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TableRun]:
-    with Cdn() as cdn, trickling_head() as endless, deaf_port() as deaf:
+    with Cdn() as cdn, deaf_port() as deaf:
         links = [cdn.add(f"{name}.mp4", OBJECT, *row[0]) for name, row in STALL_TABLE.items()]
         trickle = cdn.add("trickle.mp4", OBJECT, Reply(bytes_per_second=400), Reply())
-        links += [trickle, f"{endless}/0.mp4?_jwt=secret", f"{deaf}/0.mp4?_jwt=secret"]
+        links += [trickle, f"{deaf}/0.mp4?_jwt=secret"]
         rows = [make_row(number, video_url=link) for number, link in enumerate(links)]
-        limits = ("--timeout", "1", "--retries", "1")
-        yield run_table(cdn, tmp_path_factory.mktemp("stalls"), rows, *limits)
+        directory = tmp_path_factory.mktemp("stalls")
+        yield run_table(cdn, directory, rows, "--timeout", "0.5", "--retries", "1")
 
 
 @pytest.mark.parametrize("name", STALL_TABLE)
 def test_a_silent_server_is_a_stall(stall_run: TableRun, name: str) -> None:
     _, reason, starts = STALL_TABLE[name]
-    number = list(STALL_TABLE).index(name)
-    if reason:
-        ends_failed(stall_run, number, reason)
-    else:
-        ends_whole(stall_run, number, OBJECT)
+    ends(stall_run, list(STALL_TABLE).index(name), OBJECT, reason)
     assert [request.range_start for request in stall_run.cdn.asked(f"{name}.mp4")] == starts
 
 
 def test_a_trickle_is_a_stall_and_what_came_is_kept(stall_run: TableRun) -> None:
-    ends_whole(stall_run, len(STALL_TABLE), OBJECT)
-    starts = [request.range_start for request in stall_run.cdn.asked("trickle.mp4")]
-    assert starts[0] is None
-    assert 0 < (starts[1] or 0) < HALF
-
-
-@pytest.mark.parametrize("place", [1, 2], ids=["trickling-head", "deaf-port"])
-def test_a_server_that_never_comes_to_the_point_is_a_stall(stall_run: TableRun, place: int) -> None:
-    ends_failed(stall_run, len(STALL_TABLE) + place, "stalled|no connection within 1 s")
-
-
-def test_who_waits_for_a_server_holds_nobody_up(
-    cdn: Cdn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    silent, half = Reply(wait_s=60), Reply(send=HALF, ending="hang")
-    monkeypatch.setenv("RUNWAYML_API_SECRET", "key")
-    monkeypatch.setenv("RUNWAYML_BASE_URL", cdn.url)
-    with deaf_port() as deaf:
-        waiting = [
-            *(cdn.add(f"silent{number}.mp4", OBJECT, silent) for number in range(3)),
-            *(cdn.add(f"half{number}.mp4", OBJECT, half) for number in range(3)),
-            *[f"{deaf}/0.mp4"] * 2,
-            *[f"{deaf}/0.mp4".replace("http:", "https:")] * 2,
-            *(None for _ in range(3)),  # asks the API
-        ]
-        links = [*waiting, *(cdn.add(f"good{number}.mp4", OBJECT) for number in range(3))]
-        rows = [make_row(number, video_url=link) for number, link in enumerate(links)]
-        for row in rows:
-            cdn.add(f"v1/tasks/{row['task_id']}", b"", silent)
-        ended = list[str]()
-        downloader = make_downloader(
-            tmp_path, timeout=1.0, retries=0, on_outcome=lambda each: ended.append(each.status)
-        )
-        assert downloader.process_polling_results_file(write_results(tmp_path, rows)) == 3
-    assert ended == ["downloaded"] * 3 + ["failed"] * len(waiting)
+    ends(stall_run, len(STALL_TABLE), OBJECT)
+    first, second = stall_run.cdn.asked("trickle.mp4")
+    assert first.range_start is None
+    assert 0 < (second.range_start or 0) < HALF
+    assert second.at - first.at < 2 * 0.5 + 1  # twice the timeout, and a back-off
+    ends(stall_run, len(STALL_TABLE) + 1, b"", "stalled|no connection within 0.5 s")
 
 
 # Links that die, and the Runway API. Each row: its replies in turn, how often it is asked with
@@ -2539,54 +1673,38 @@ def test_who_waits_for_a_server_holds_nobody_up(
 EXPIRED = 1_750_000_000  # 2025-06-15 15:06:40 UTC
 
 
-def dying(link: str, expires: float) -> str:
-    return make_jwt_link(link.split("?")[0], expires)
-
-
 def make_api_table(fresh: str) -> dict[str, tuple[Sequence[Reply], int, str]]:
     def answer(body: object, status: int = 200, **headers: str) -> Reply:
-        text = body if isinstance(body, str) else json.dumps(body)
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        return Reply(status, text.encode(), {"Content-Type": "application/json"} | names)
+        return Reply(status, json.dumps(body).encode(), names)
 
     def task(**fields: Any) -> Reply:
         return answer({"id": "x", "status": "SUCCEEDED", "output": [fresh]} | fields)
 
     good = task()
+    endless = b" " * 2_000_000 + (good.body or b"")
     return {
         "fresh-link": ([good], 1, ""),
-        "several-links": ([task(output=[fresh, "http://127.0.0.1:9/other"])], 1, ""),
         "fresh-link-after-a-cut": ([good], 1, ""),
         "no-link-in-the-row": ([good], 1, ""),
         "fresh-link-refused-too": ([good], 1, "fresh link was refused"),
         "429-then-good": ([answer({}, 429), good], 2, ""),
         "429-retry-after-too-long": ([answer({}, 429, Retry_After="300")], 1, "429.*300 s"),
         "500-then-good": ([answer({}, 500), good], 2, ""),
-        "cut-then-good": ([Reply(body=b"{" * 99, send=9), good], 2, ""),
         "always-500": ([answer({}, 500)], 2, "API.*500"),
-        "400": ([answer({}, 400)], 1, "API.*400"),
-        "401": ([answer({}, 401)], 1, "API.*key.*401"),
-        "403": ([answer({}, 403)], 1, "API.*key.*403"),
-        "404": ([answer({}, 404)], 1, "API.*no such task.*404"),
+        "403": ([answer({}, 403)], 1, "API.*403"),
         "redirect": ([answer({}, 302, Location=fresh)], 1, "API.*302"),
-        "no-output": ([task(output=[])], 1, "API.*no output"),
-        "output-null": ([task(output=None)], 1, "API.*no output"),
-        "output-not-a-link": ([task(output=[{"url": 1}])], 1, "API.*no output"),
-        "output-text": ([task(output=fresh)], 1, "API.*no output"),
+        "404": ([answer({}, 404)], 1, "API.*404"),
+        "no-output": ([task(output=[])], 1, "API.*no (output|video)"),
         "failed-by-now": ([task(status="FAILED", output=None)], 1, "API.*FAILED"),
-        "status-nonsense": ([task(status=["\x1b[31m" * 99])], 1, "API.*SUCCEEDED"),
-        "not-json": ([answer("<html>")], 1, "API.*not a task"),
-        "a-list": ([answer([])], 1, "API.*not a task"),
-        "nested-absurdly": ([answer("[" * 100_000)], 1, "API.*not a task"),
-        "empty": ([answer("")], 1, "API.*not a task"),
-        "not-utf-8": ([Reply(body=b"\xff\xfe{}")], 1, "API.*not a task"),
+        "without-end": ([Reply(body=endless, send=2_000_000, ending="hang")], 2, "API.*not all"),
+        "not-json": ([Reply(body=b"<html>")], 2, "API.*not JSON"),
     }
 
 
 @dataclass
 class ApiRun(TableRun):
     api: Cdn
-    directory: Path
 
 
 @pytest.fixture(scope="module")
@@ -2600,25 +1718,19 @@ def api_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiRun]:
         for number, name in enumerate(make_api_table("")):
             fresh = cdn.add(f"{name}/fresh.mp4", OBJECT, *after.get(name, []))
             api.add(f"v1/tasks/{make_task_id(number)}", b"", *make_api_table(fresh)[name][0])
-            dead = cdn.add(f"{name}/dead.mp4", OBJECT, *before.get(name, [refused]))
-            link = None if name == "no-link-in-the-row" else dying(dead, EXPIRED)
-            rows.append(make_row(number, video_url=link))
+            link = cdn.add(f"{name}/dead.mp4", OBJECT, *before.get(name, [refused])).split("?")[0]
+            dead = None if name == "no-link-in-the-row" else make_jwt_link(link, EXPIRED)
+            rows.append(make_row(number, video_url=dead))
         env = {"RUNWAYML_API_SECRET": API_KEY, "RUNWAYML_BASE_URL": api.url + "/"}
-        write_results(directory, rows)
-        result = download(directory, rows, "--json", "--retries", "1", env=env)
-        videos = {video["task_id"]: video for video in json.loads(result.stdout)["videos"]}
-        output_dir = directory / "video_outputs"
-        yield ApiRun(cdn, output_dir, result.returncode, videos, result.stderr, api, directory)
+        run = run_table(cdn, directory, rows, "--retries", "1", env=env)
+        yield ApiRun(**vars(run), api=api)
 
 
 @pytest.mark.parametrize("name", make_api_table(""))
 def test_a_dead_link_is_renewed_by_the_api_or_said_to_be_dead(api_run: ApiRun, name: str) -> None:
     _, calls, reason = make_api_table("")[name]
     number = list(make_api_table("")).index(name)
-    if reason:
-        ends_failed(api_run, number, reason)
-    else:
-        ends_whole(api_run, number, OBJECT)
+    ends(api_run, number, OBJECT, reason)
     asked = api_run.api.asked(f"v1/tasks/{make_task_id(number)}")
     assert len(asked) == calls
     for request in asked:
@@ -2638,208 +1750,118 @@ def test_the_api_key_is_seen_by_no_other_host_and_kept_nowhere(api_run: ApiRun) 
         assert API_KEY.encode() not in path.read_bytes()
 
 
-def test_a_query_is_kept_in_the_link_of_the_metadata_alone(api_run: ApiRun) -> None:
-    saved = [path for path in api_run.output_dir.iterdir() if path.suffix == ".json"]
-    assert saved
-    for path in saved:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-        metadata["runway_task_json"].pop("video_url")
-        assert not SECRETS.search(json.dumps(metadata) + path.name)
-
-
 def test_without_a_key_a_dead_link_is_said_with_its_expiry_and_what_helps(
     cdn: Cdn, tmp_path: Path
 ) -> None:
-    links: list[str | None] = [
-        dying(cdn.add(f"{status}-{expires}.mp4", b"", Reply(status=status)), expires)
-        for status in (401, 403, 404, 410)
-        for expires in (EXPIRED, 4_000_000_000)
-    ]
-    undated = cdn.add("x.mp4", b"", Reply(status=403)).replace("_jwt=", "_jwt=a.!\u00e9.")
-    rows = [make_row(i, video_url=link) for i, link in enumerate([*links, undated, None])]
-    run = run_table(cdn, tmp_path, rows)
+    dead = [cdn.add(f"{code}.mp4", b"", Reply(status=code)) for code in (401, 403, 404, 410)]
+    links: list[str | None] = [make_jwt_link(link.split("?")[0], EXPIRED) for link in dead]
+    links += [dead[0].replace("_jwt=", "_jwt=a.!."), None]
+    run = run_table(cdn, tmp_path, [make_row(i, video_url=link) for i, link in enumerate(links)])
     assert run.exit_code == 3
-    for number in range(len(rows)):
-        ends_failed(run, number, "RUNWAYML_API_SECRET" if number < 9 else "video_url.*RUNWAYML_API")
-        if number < len(links):
-            expiry = ("2025-06-15 15:06:40 UTC", "2096-10-02 07:06:40 UTC")[number % 2]
-            ends_failed(run, number, expiry)
-    assert len(cdn.requests) == len(links) + 1
+    for number, said in enumerate([*["2025-06-15 15:06:40 UTC.*"] * 4, "", "video_url.*"]):
+        ends(run, number, b"", f"{said}RUNWAYML_API_SECRET")
+    assert len(cdn.requests) == 5
 
 
 def test_the_link_that_dies_soonest_is_asked_for_first(cdn: Cdn, tmp_path: Path) -> None:
-    expiries = (4_000_000_300, None, EXPIRED, 4_000_000_100, 4_000_000_200.5)
-    rows = []
+    expiries = (4_000_000_300, EXPIRED, 4_000_000_100, 4_000_000_200.5)
+    links = [cdn.add(f"{number}.mp4", OBJECT) for number in range(5)]
     for number, expiry in enumerate(expiries):
-        link = cdn.add(f"{number}.mp4", make_mp4(number))
-        dated = link if expiry is None else dying(link, expiry)
-        rows.append(make_row(number, video_url=dated))
+        links[number] = make_jwt_link(links[number].split("?")[0], expiry)
+    rows = [make_row(i, video_url=link) for i, link in enumerate(links)]
     download(tmp_path, rows, "--workers", "1")
-    assert [request.path for request in cdn.requests] == [f"/{i}.mp4" for i in (2, 3, 4, 0, 1)]
-
-
-# Many at once.
-
-
-def test_200_videos_from_a_server_that_misbehaves_on_a_third(cdn: Cdn, tmp_path: Path) -> None:
-    rng = random.Random(200)
-    bodies = [make_mp4(number, rng.randrange(20_000, 60_000)) for number in range(200)]
-    faulty = {number: rng.choice(list(REPLY_TABLE)) for number in rng.sample(range(200), 67)}
-    add_redirect_targets(cdn, bodies[0])
-    reasons: dict[int, str] = {}
-    rows = []
-    for number, body in enumerate(bodies):
-        if "redirected" in faulty.get(number, ""):
-            body = bodies[number] = bodies[0]  # which is what the redirects lead to
-        replies, _, reason = make_reply_table(body)[faulty.get(number, "good")]
-        rows.append(make_row(number, video_url=cdn.add(f"{number}.mp4", body, *replies)))
-        if reason:
-            reasons[number] = reason
-    run = run_table(cdn, tmp_path, rows, "--retries", "2")
-    assert run.exit_code == 3
-    for number, body in enumerate(bodies):
-        if number in reasons:
-            ends_failed(run, number, reasons[number])
-            assert make_task_id(number)[:8] in run.console.split("DOWNLOAD STATISTICS")[1]
-        else:
-            ends_whole(run, number, body)
-    assert len(names_in(run.output_dir)) == 2 * (200 - len(reasons))
+    assert [request.path for request in cdn.requests] == [f"/{i}.mp4" for i in (1, 2, 3, 0, 4)]
 
 
 # Runs that end before their time: killed at a step, killed anywhere, stopped by a signal.
 
 
-def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    out, err = process.communicate(timeout=60)
-    assert "Traceback" not in out + err
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+SABOTAGE = """
+import errno, os, signal, ssl, threading
+count = 0
+def spied(call):
+    def instead(*arguments, **options):
+        global count
+        count += 1
+        if {condition}: {act}
+        return call(*arguments, **options)
+    return instead
+for owner, name in ({places},):
+    setattr(owner, name, spied(getattr(owner, name)))
+"""
 
 
-def sabotage(directory: Path, code: str) -> dict[str, str]:
-    """The environment of a script whose interpreter runs ``code`` before anything else."""
+def sabotage(directory: Path, condition: str, act: str, *places: str) -> dict[str, str]:
+    """The environment of a script whose calls of ``places`` do ``act`` first."""
     directory.mkdir()
+    calls = [re.sub(r"(.*)\.(.*)", r"(\1, '\2')", place) for place in places]
+    code = SABOTAGE.format(condition=condition, act=act, places=", ".join(calls))
     (directory / "sitecustomize.py").write_text(code, encoding="utf-8")
     inherited = os.environ.get("PYTHONPATH", "")
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(directory), inherited)))}
 
 
-KILL_AT_STEP = """
-import functools, os, signal
-left = {step}
-def count(call, *arguments, **options):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return call(*arguments, **options)
-for name in ("fsync", "link", "rename", "replace", "unlink"):
-    setattr(os, name, functools.partial(count, getattr(os, name)))
-"""
+STEPS = ("os.fsync", "os.link", "os.rename", "os.replace", "os.unlink")
 
 
-@pytest.mark.parametrize("step", range(1, 9))  # there are at least four
-def test_a_kill_before_any_step_of_the_commit_costs_nothing(
-    cdn: Cdn, tmp_path: Path, step: int
-) -> None:
-    rows = [make_row(video_url=cdn.add("0.mp4", OBJECT))]
-    output_dir = tmp_path / "video_outputs"
-    killed = download(tmp_path, rows, env=sabotage(tmp_path / "s", KILL_AT_STEP.format(step=step)))
-    assert killed.returncode == -signal.SIGKILL or (killed.returncode == 0 and step > 4)
-    if "picture_0.mp4" in names_in(output_dir):
-        assert_whole(output_dir, "picture_0", make_task_id(0), OBJECT)
-    assert download(tmp_path, rows).returncode == 0
-    assert_whole(output_dir, "picture_0", make_task_id(0), OBJECT)
-    assert names_in(output_dir) == {"picture_0.mp4", "picture_0.json"}
-    assert len(cdn.requests) == 1
-
-
-@dataclass
-class KillChain:
-    """Runs that are killed one after the other, and what the next one finds and asks for."""
-
-    directory: Path
-    rng: random.Random
-    bodies: Mapping[str, bytes]  # by path
-
-    @property
-    def output_dir(self) -> Path:
-        return self.directory / "video_outputs"
-
-    def start(self, cdn: Cdn, reply: Reply) -> subprocess.Popen[str]:
-        rows = [
-            make_row(number, video_url=cdn.add(path[1:], body, reply))
-            for number, (path, body) in enumerate(self.bodies.items())
-        ]
-        write_results(self.directory, rows)
-        return start_script(self.directory, "--workers", "4")
-
-    def kill_one(self) -> None:
-        """Kill a run at its first request, or when it has saved so many bytes."""
-        left = self.parts_left()
-        with Cdn() as cdn:
-            enough = self.saved_bytes() + self.rng.randrange(80_000)
-            at_request = self.rng.random() < 0.2
-            process = self.start(cdn, Reply(bytes_per_second=100_000))
-            wait_until(lambda: cdn.requests and (at_request or self.saved_bytes() > enough))
-            process.kill()
-            process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        self.check_requests(cdn, left)
-        self.check_videos()
-
-    def saved_bytes(self) -> int:
-        total = 0
-        if self.output_dir.exists():
-            for path in self.output_dir.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    total += path.stat().st_size
-        return total
-
-    def parts_left(self) -> dict[str, int]:
-        """By path, how much of it is there; without what is too short to tell of what it is."""
-        left = {}
-        for data in hidden_in(self.output_dir).values() if self.output_dir.exists() else ():
-            paths = [path for path, body in self.bodies.items() if body.startswith(data)]
-            assert paths or data.startswith(b"{")  # metadata, else the start of a video
-            if len(paths) == 1:
-                left[paths[0]] = len(data)
-        return left
-
-    def check_requests(self, cdn: Cdn, left: Mapping[str, int]) -> None:
-        for request in cdn.requests:
-            if request.path in left or (request.range_start or 0) > 4096:
-                assert request.range_start == left[request.path] < VIDEO_BYTES
-
-    def check_videos(self) -> int:
-        """Every visible video is whole, with metadata of its own; how many there are."""
-        count = 0
-        for number, (path, body) in enumerate(self.bodies.items()):
-            if (self.output_dir / f"picture_{path[1:]}").exists():
-                assert_whole(self.output_dir, f"picture_{number}", make_task_id(number), body)
-                count += 1
-        return count
-
-
-@pytest.mark.parametrize("seed", [1])
-def test_50_kills_at_random_moments_cost_nothing(tmp_path: Path, seed: int) -> None:
-    def kill_25_times(number: int) -> None:
-        bodies = {f"/{i}.mp4": make_mp4(f"{seed} {number} {i}", VIDEO_BYTES) for i in range(40)}
-        directory = tmp_path / str(number)
+def test_a_kill_before_any_step_of_a_download_costs_nothing(cdn: Cdn, tmp_path: Path) -> None:
+    def is_killed_at(step: int) -> bool:
+        name, directory = f"picture_{step}", tmp_path / str(step)
         directory.mkdir()
-        chain = KillChain(directory, random.Random(f"{seed} {number}"), bodies)
-        for _ in range(25):
-            chain.kill_one()
-        left = chain.parts_left()
-        with Cdn() as cdn:
-            last = finish(chain.start(cdn, Reply()))
-        chain.check_requests(cdn, left)
-        assert last.returncode == 0
-        assert "waiting" not in last.stdout  # a killed run leaves no lock
-        assert chain.check_videos() == len(bodies)
-        assert len(names_in(chain.output_dir)) == 2 * len(bodies)
+        output_dir = directory / "video_outputs"
+        rows = [make_row(step, video_url=cdn.add(f"{step}.mp4", OBJECT))]
+        kill = "os.kill(os.getpid(), signal.SIGKILL)"
+        env = sabotage(directory / "s", f"count == {step}", kill, *STEPS)
+        killed = download(directory, rows, env=env)
+        is_there = OBJECT in parts_in(output_dir).values()
+        if f"{name}.mp4" in names_in(output_dir):
+            assert_whole(output_dir, name, make_task_id(step), OBJECT)
+            is_there = True
+        assert download(directory, rows).returncode == 0
+        assert_whole(output_dir, name, make_task_id(step), OBJECT)
+        assert names_in(output_dir) == {f"{name}.mp4", f"{name}.json"}
+        assert len(cdn.asked(f"{step}.mp4")) <= (1 if is_there else 2)
+        assert killed.returncode in (0, -signal.SIGKILL)
+        return killed.returncode != 0
 
     with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(kill_25_times, range(2))) == [None, None]
+        assert list(threads.map(is_killed_at, range(1, 10))).count(True) >= 4
+
+
+def test_kills_at_random_moments_cost_nothing(tmp_path: Path) -> None:
+    def kill_6_times(number: int) -> None:
+        bodies = [make_mp4(f"{number} {i}", BIG) for i in range(16)]
+        directory, rng = tmp_path / str(number), random.Random(number)
+        output_dir = directory / "video_outputs"
+        directory.mkdir()
+        for reply in [Reply(bytes_per_second=4_000_000)] * 6 + [Reply()]:
+            with Cdn() as cdn:
+                links = [cdn.add(f"{i}.mp4", body, reply) for i, body in enumerate(bodies)]
+                rows = [make_row(i, video_url=link) for i, link in enumerate(links)]
+                write_results(directory, rows)
+                left = parts_in(output_dir).values()
+                enough = bytes_in(output_dir) + rng.choice([0, BIG // 2, 2 * BIG])
+                process = start_script(directory, "--workers", "4")
+                if reply != Reply():
+                    wait_until(lambda: cdn.requests and bytes_in(output_dir) >= enough)  # noqa: B023
+                    process.kill()
+                assert finish(process).returncode == (0 if reply == Reply() else -signal.SIGKILL)
+                starts = {request.range_start for request in cdn.requests} - {None}
+                assert starts <= {len(data) for data in left}
+            assert all(any(x.startswith(y) for x in bodies) for y in parts_in(output_dir).values())
+            there = [i for i in range(16) if (output_dir / f"picture_{i}.mp4").exists()]
+            for i in there:
+                assert_whole(output_dir, f"picture_{i}", make_task_id(i), bodies[i])
+        assert len(names_in(output_dir)) == 2 * len(there) == 32
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(kill_6_times, range(2)))
+
+
+def bytes_in(directory: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in directory.glob("*"))
+    return 0
 
 
 # Several runs at once.
@@ -2854,96 +1876,361 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
     watchdog.cancel()
 
 
-def test_of_four_processes_one_downloads_and_three_say_that_they_wait(
-    cdn: Cdn, tmp_path: Path
-) -> None:
-    bodies = [make_mp4(number, VIDEO_BYTES) for number in range(5)]
-    held = Reply(wait_s=60)
-    write_results(
-        tmp_path,
-        [make_row(i, video_url=cdn.add(f"{i}.mp4", body, held)) for i, body in enumerate(bodies)],
-    )
-    first = start_script(tmp_path)
-    wait_until(lambda: len(cdn.requests) == len(bodies))
-    others = [start_script(tmp_path) for _ in range(3)]
-    for other in others:
-        read_until(other, "waiting")
+def statistic(result: subprocess.CompletedProcess[str], name: str) -> int:
+    match = re.search(rf"{name}: ([0-9]+)\n", result.stdout)
+    assert match
+    return int(match[1])
+
+
+def add_videos(cdn: Cdn, count: int, *replies: Reply, size: int = VIDEO_BYTES) -> list[Any]:
+    links = [cdn.add(f"{i}.mp4", make_mp4(i, size), *replies) for i in range(count)]
+    return [make_row(i, video_url=link) for i, link in enumerate(links)]
+
+
+def assert_home(output_dir: Path, count: int, size: int = VIDEO_BYTES) -> None:
+    """The videos of `add_videos` are there, and nothing else is."""
+    for number in range(count):
+        body = make_mp4(number, size)
+        assert_whole(output_dir, f"picture_{number}", make_task_id(number), body)
+    assert len(names_in(output_dir)) == 2 * count
+
+
+def test_four_runs_on_one_directory_share_the_work(cdn: Cdn, tmp_path: Path) -> None:
+    write_results(tmp_path, add_videos(cdn, 50, Reply(wait_s=60)))
+    processes = [start_script(tmp_path, "--workers", "2") for _ in range(4)]
+    wait_until(lambda: len(cdn.requests) == 8)  # all of them are at work
     cdn.released.set()
-    ends = [finish(process) for process in (first, *others)]
-    assert [end.returncode for end in ends] == [0] * 4
-    assert "waiting" not in ends[0].stdout
-    assert all(f"Already existed: {len(bodies)}" in end.stdout for end in ends[1:])
-    assert len(cdn.requests) == len(bodies)
-    for number, body in enumerate(bodies):
-        assert_whole(tmp_path / "video_outputs", f"picture_{number}", make_task_id(number), body)
+    results = [finish(process) for process in processes]
+    assert [result.returncode for result in results] == [0] * 4
+    shares = [statistic(result, "Videos downloaded") for result in results]
+    assert min(shares) >= 2
+    assert sum(shares) == 50
+    assert Counter(request.path for request in cdn.requests).most_common(1)[0][1] == 1
+    assert_home(tmp_path / "video_outputs", 50)
 
 
-def test_parts_of_one_shard_set_do_not_wait_for_each_other(cdn: Cdn, tmp_path: Path) -> None:
-    bodies = [make_mp4(number, VIDEO_BYTES) for number in range(8)]
+@pytest.mark.parametrize("end", ["thaws", "is-killed"])
+def test_a_frozen_run_holds_up_what_it_has_in_hand_and_nothing_else(
+    cdn: Cdn, tmp_path: Path, end: str
+) -> None:
+    write_results(tmp_path, add_videos(cdn, 6, size=BIG))
+    cdn.replies["/0.mp4"] = [Reply(pause_at=BIG // 2), Reply()]
+    output_dir = tmp_path / "video_outputs"
+    frozen = start_script(tmp_path, "--workers", "1")
+    wait_until(lambda: bytes_in(output_dir) > BIG // 3)
+    frozen.send_signal(signal.SIGSTOP)
+    other = start_script(tmp_path)
+    read_until(other, "Waiting for 1 video that another run has in hand")
+    visible = names_in(output_dir) - hidden_in(output_dir)
+    frozen.send_signal(signal.SIGCONT if end == "thaws" else signal.SIGKILL)
+    cdn.released.set()
+    results = [finish(other), finish(frozen)]
+    assert len(visible) == 10
+    assert [result.returncode for result in results] == [0, 0 if end == "thaws" else -9]
+    resumed = [bool(request.range_start) for request in cdn.asked("0.mp4")]
+    assert resumed == ([False] if end == "thaws" else [False, True])
+    assert_home(output_dir, 6, BIG)
 
-    def results(server: Cdn, name: str, reply: Reply) -> str:
-        links = [server.add(f"{i}.mp4", body, reply) for i, body in enumerate(bodies)]
-        rows = [make_row(i, video_url=link) for i, link in enumerate(links)]
-        return write_results(tmp_path, rows, name).name
 
-    with Cdn() as holding:
-        held = results(holding, "held", Reply(wait_s=60))
-        first = start_script(tmp_path, "--shard", "1/2", "--polling-results-file", held)
-        wait_until(lambda: holding.requests)
-        free = results(cdn, "free", Reply())
-        second = run_script(tmp_path, "--shard", "2/2", "--polling-results-file", free)
-        assert first.poll() is None
-        holding.released.set()
-        ends = [finish(first), second]
-        asked = sorted(request.path for request in [*holding.requests, *cdn.requests])
-    assert [end.returncode for end in ends] == [0, 0]
-    assert not [end for end in ends if "waiting" in end.stdout]
-    assert cdn.requests
-    assert asked == [f"/{number}.mp4" for number in range(8)]
-    for number, body in enumerate(bodies):
-        assert_whole(tmp_path / "video_outputs", f"picture_{number}", make_task_id(number), body)
+@pytest.mark.parametrize("call", ["__import__('fcntl').flock", "os.link"])
+def test_where_the_file_system_lacks_something_two_runs_still_write_no_wrong_file(
+    cdn: Cdn, tmp_path: Path, call: str
+) -> None:
+    env = sabotage(tmp_path / "s", "True", "raise OSError(errno.ENOLCK, 'no')", call)
+    replies = Reply(wait_s=60), Reply(bytes_per_second=9_000_000)
+    write_results(tmp_path, add_videos(cdn, 8, *replies, size=BIG))
+    processes = [start_script(tmp_path, "--workers", "4", env=env) for _ in range(2)]
+    wait_until(lambda: len(cdn.requests) >= 8)
+    cdn.released.set()
+    assert {finish(process).returncode for process in processes} <= {0, 3}
+    assert run_script(tmp_path).returncode == 0
+    for number in range(8):
+        videos = list((tmp_path / "video_outputs").glob(f"picture_{number}*.mp4"))
+        assert {video.read_bytes() for video in videos} == {make_mp4(number, BIG)}
+        assert any(video.with_suffix(".json").exists() for video in videos)
+
+
+# What others do to a name while its video downloads. Each row: what, given the hidden file and
+# the path of the video, and under which name it ends; "there": as what has arrived.
+
+FOREIGN = make_mp4("foreign", 70_000)
+
+
+def own_metadata(video: Path) -> bytes:
+    return make_metadata(make_task(int(video.stem.removeprefix("picture_"))), video.name)
+
+
+MEDDLING: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
+    "hidden-removed": (lambda hidden, *_: hidden.unlink(), "wanted"),
+    "hidden-cut": (lambda hidden, *_: os.truncate(hidden, 1000), "wanted"),
+    "hidden-grown": (lambda hidden, *_: os.truncate(hidden, BIG), "wanted"),
+    "hidden-replaced": (
+        lambda hidden, *_: (hidden.unlink(), hidden.write_bytes(FOREIGN)), "wanted"),
+    "hidden-renamed": (lambda hidden, *_: hidden.rename(hidden.with_name("x.part")), "wanted"),
+    "same-video-and-metadata": (
+        lambda _, video, meta: (meta.write_bytes(own_metadata(video)), video.write_bytes(FOREIGN)),
+        "there"),
+    "video-beside-its-metadata": (lambda _, video, __: video.write_bytes(FOREIGN), "there"),
+    "own-metadata": (lambda _, video, meta: meta.write_bytes(own_metadata(video)), "wanted"),
+    "foreign-video": (lambda _, video, __: video.write_bytes(FOREIGN), "with-id"),
+    "foreign-metadata": (
+        lambda _, __, meta: meta.write_bytes(make_metadata(make_task(99))), "with-id"),
+    "other-programs-json": (lambda _, __, metadata: metadata.write_bytes(b"[]"), "with-id"),
+    "directory": (lambda _, video, __: video.mkdir(), "with-id"),
+    "directory-as-json": (lambda _, __, metadata: metadata.mkdir(), "with-id"),
+    "dead-symbolic-link": (lambda _, video, __: video.symlink_to("nowhere"), "with-id"),
+    "empty-file": (lambda _, video, __: video.touch(), "wanted"),
+}  # fmt: skip
+
+
+@dataclass
+class MeddledRun(TableRun):
+    arrived: Mapping[str, bytes]  # by name, the files that others had put when all went on
+
+
+@pytest.fixture(scope="module")
+def meddled_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeddledRun]:
+    directory = tmp_path_factory.mktemp("meddled")
+    output_dir = directory / "video_outputs"
+    output_dir.mkdir()
+    with Cdn() as cdn:
+        rows = add_videos(cdn, len(MEDDLING), Reply(pause_at=BIG // 2), Reply(), size=BIG)
+        write_results(directory, rows)
+        video = output_dir / f"picture_{list(MEDDLING).index('video-beside-its-metadata')}.mp4"
+        video.with_suffix(".json").write_bytes(own_metadata(video))
+        process = start_script(directory, "--json")
+        least = BIG // 3  # older urllib3 hands on what fills its buffer
+        wait_until(lambda: sum(len(x) > least for x in parts_in(output_dir).values()) == len(rows))
+        starts = {data[:least]: path for path, data in parts_in(output_dir).items()}
+        for number, (meddle, _) in enumerate(MEDDLING.values()):
+            hidden = starts[make_mp4(number, BIG)[:least]]
+            video = output_dir / f"picture_{number}.mp4"
+            meddle(hidden, video, video.with_suffix(".json"))
+        files = [path for path in output_dir.glob("picture_*") if path.is_file()]
+        arrived = {path.name: path.read_bytes() for path in files}
+        cdn.released.set()
+        result = finish(process)
+        videos = {video["task_id"]: video for video in json.loads(result.stdout)["videos"]}
+        yield MeddledRun(cdn, output_dir, result.returncode, videos, result.stderr, arrived)
+
+
+@pytest.mark.parametrize("name", MEDDLING)
+def test_what_others_do_meanwhile_never_makes_a_wrong_file(
+    meddled_run: MeddledRun, name: str
+) -> None:
+    number = list(MEDDLING).index(name)
+    task_id, ends = make_task_id(number), MEDDLING[name][1]
+    stub = f"picture_{number}_{task_id[:8]}" if ends == "with-id" else f"picture_{number}"
+    assert meddled_run.videos[task_id]["error"] is None
+    assert meddled_run.videos[task_id]["path"].endswith(f"{stub}.mp4")
+    assert len(meddled_run.cdn.asked(f"{number}.mp4")) <= 3
+    if ends == "there":
+        assert meddled_run.videos[task_id]["status"] == "exists"
+    else:
+        assert_whole(meddled_run.output_dir, stub, task_id, make_mp4(number, BIG))
+    if ends != "wanted":
+        for file in (f"picture_{number}.mp4", f"picture_{number}.json"):
+            if file in meddled_run.arrived:
+                assert (meddled_run.output_dir / file).read_bytes() == meddled_run.arrived[file]
+
+
+def test_what_others_did_leaves_nothing_hidden_behind(meddled_run: MeddledRun) -> None:
+    assert meddled_run.exit_code == 0
+    assert hidden_in(meddled_run.output_dir) == set()
+
+
+def test_a_name_taken_at_the_last_moment_stays_whose_it_is(cdn: Cdn, tmp_path: Path) -> None:
+    foreign, task_id = make_mp4("foreign", 3000), make_task_id(0)
+    put = f"open(arguments[1], 'wb').write({foreign!r})"
+    env = sabotage(tmp_path / "s", "str(arguments[1]).endswith('_0.mp4')", put, "os.link")
+    assert download(tmp_path, add_videos(cdn, 1), env=env).returncode == 0
+    output_dir = tmp_path / "video_outputs"
+    assert (output_dir / "picture_0.mp4").read_bytes() == foreign
+    assert_whole(output_dir, f"picture_0_{task_id[:8]}", task_id, make_mp4(0, VIDEO_BYTES))
+    assert len(names_in(output_dir)) == 3
+
+
+# A directory that is not ours alone.
+
+
+def test_where_nothing_can_be_removed_the_requests_are_bounded(cdn: Cdn, tmp_path: Path) -> None:
+    rows = add_videos(cdn, 4)
+    cdn.replies["/1.mp4"] = [Reply(send=HALF)]
+    cdn.replies["/2.mp4"] = [Reply(send=HALF, headers={"ETag": None})]
+    cdn.replies["/3.mp4"] = [Reply(body=make_mp4(3, VIDEO_BYTES)[:HALF])]
+    output_dir = tmp_path / "video_outputs"
+    output_dir.mkdir()
+    with contextlib.suppress(OSError):
+        subprocess.run(["chattr", "+a", str(output_dir)], capture_output=True)
+    (output_dir / "x").touch()
+    with contextlib.suppress(OSError):
+        (output_dir / "x").unlink()
+        pytest.skip("no right to forbid removal, or a file system that cannot")
+    try:
+        result = download(tmp_path, rows, "--retries", "1")
+        assert result.returncode == 3
+        assert max(Counter(request.path for request in cdn.requests).values()) <= 4
+        assert_whole(output_dir, "picture_0", make_task_id(0), make_mp4(0, VIDEO_BYTES))
+        assert max(path.stat().st_size for path in output_dir.iterdir()) <= VIDEO_BYTES
+    finally:
+        subprocess.run(["chattr", "-a", str(output_dir)], check=True)
+
+
+STRANGER = 65533
+ORDINARY_USER = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner"]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777], ids=["anybody-may-remove", "sticky"])
+def test_what_a_killed_run_of_another_user_left_blocks_nobody(
+    cdn: Cdn, tmp_path: Path, mode: int
+) -> None:
+    if not shutil.which("setpriv") or os.geteuid() != 0:
+        pytest.skip("no right to give files to another user")
+    rows = add_videos(cdn, 2, Reply(send=HALF), Reply())
+    assert download(tmp_path, rows, "--retries", "0").returncode == 3
+    output_dir = tmp_path / "video_outputs"
+    for path in [*output_dir.iterdir(), output_dir]:
+        path.chmod(0o600 if path != output_dir else mode)
+        os.chown(path, STRANGER, STRANGER)
+    assert finish(start_script(tmp_path, before=ORDINARY_USER)).returncode == 0
+    for name in hidden_in(output_dir) if mode == 0o1777 else ():
+        (output_dir / name).unlink()  # which the stranger alone may do
+    assert_home(output_dir, 2)
+
+
+# What lies under the wanted name, without metadata. Each row: it, the answer, and how it ends.
+
+UNDER_THE_NAME: dict[str, tuple[bytes, Sequence[Reply] | None, str]] = {
+    "same-size": (make_mp4("edited", VIDEO_BYTES), [Reply(pause_at=0)], "adopted"),
+    "other-size": (FOREIGN, [Reply()], "with-id"),
+    "other-size-cut-first": (FOREIGN, [CUT, Reply()], "with-id"),
+    "dead-link": (FOREIGN, [Reply(status=403)], "adopted, HTTP 403"),
+    "no-link": (FOREIGN, None, 'adopted, no usable "video_url"'),
+    "cannot-be-asked": (FOREIGN, [Reply(status=500)], "failed"),
+    "cut-short": (FOREIGN[:-9], [Reply()], "wanted"),
+    "a-page": (b"<html>", [Reply()], "wanted"),
+    "empty": (b"", [Reply()], "wanted"),
+}
+
+
+@pytest.fixture(scope="module")
+def found_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TableRun]:
+    directory = tmp_path_factory.mktemp("found")
+    (directory / "video_outputs").mkdir()
+    with Cdn() as cdn:
+        rows = []
+        for number, (found, replies, _) in enumerate(UNDER_THE_NAME.values()):
+            link = cdn.add(f"{number}.mp4", OBJECT, *replies) if replies else None
+            rows.append(make_row(number, video_url=link))
+            (directory / "video_outputs" / f"picture_{number}.mp4").write_bytes(found)
+        yield run_table(cdn, directory, rows, "--retries", "1", "--timeout", "9")
+
+
+@pytest.mark.parametrize("name", UNDER_THE_NAME)
+def test_a_video_without_metadata_is_told_apart_by_the_size_that_is_announced(
+    found_run: TableRun, name: str
+) -> None:
+    found, _, end = UNDER_THE_NAME[name]
+    number = list(UNDER_THE_NAME).index(name)
+    task_id, stub, run = make_task_id(number), f"picture_{number}", found_run
+    own = {"wanted": stub, "with-id": f"{stub}_{task_id[:8]}"}.get(end)
+    if own:
+        assert_whole(run.output_dir, own, task_id, OBJECT)
+    if own != stub:
+        assert (run.output_dir / f"{stub}.mp4").read_bytes() == found
+        assert (f"{stub}.json" in names_in(run.output_dir)) == end.startswith("adopted")
+    if end.startswith("adopted"):
+        assert_whole(run.output_dir, stub, task_id, found)
+        said = run.console.split(f"Already exists: {stub}.mp4\n")[1].split("Task ")[0]
+        assert end.removeprefix("adopted").removeprefix(", ") in said
+    statuses = {"failed": "failed", "wanted": "downloaded", "with-id": "downloaded"}
+    assert run.videos[task_id]["status"] == statuses.get(end, "exists")
+
+
+# Servers under pressure, and a system that is short of threads.
+
+REFUSALS = {
+    f"{status}{said and '-retry-after'}": Reply(status, b"no", {"Retry-After": said or None})
+    for status in (429, 503)
+    for said in ("", "1")
+}
+SERVED_PER_SECOND = 50
+
+
+class BusyCdn(Cdn):
+    """Serves so many requests a second and refuses the others."""
+
+    def __init__(self, refusal: Reply) -> None:
+        super().__init__()
+        self.refused = 0
+        self._refusal = refusal
+        self._free_at = 0.0
+
+    def next_reply(self, request: Request) -> Reply | None:
+        reply = super().next_reply(request)
+        with self._lock:
+            if request.at < self._free_at:
+                self.refused += 1
+                return self._refusal
+            self._free_at = max(self._free_at, request.at - 0.1) + 1 / SERVED_PER_SECOND
+        return reply
+
+
+PRESSURE = [(name, workers) for name in REFUSALS for workers in (16, 64)]
+
+
+@pytest.fixture(scope="module")
+def busy_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Any]]:
+    """The server, the exit code and the output directory of each run, all at once."""
+    with contextlib.ExitStack() as servers:
+        runs = {}
+        for name, workers in PRESSURE:
+            cdn = BusyCdn(REFUSALS[name])
+            servers.enter_context(cdn)
+            directory = tmp_path_factory.mktemp(name)
+            write_results(directory, add_videos(cdn, 100, size=SMALL))
+            process = start_script(directory, "--workers", str(workers), "--retries", "1")
+            runs[name, workers] = cdn, process, directory / "video_outputs"
+        yield {key: (run[0], finish(run[1]).returncode, run[2]) for key, run in runs.items()}
+
+
+@pytest.mark.parametrize(("name", "workers"), PRESSURE)
+def test_a_server_that_asks_to_hold_back_is_obeyed_and_all_come_home(
+    busy_runs: dict[Any, Any], name: str, workers: int
+) -> None:
+    cdn, exit_code, output_dir = busy_runs[name, workers]
+    assert exit_code == 0
+    assert_home(output_dir, 100, SMALL)
+    assert cdn.refused < 300
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_fewer_threads_than_asked_for_are_no_failure(cdn: Cdn, tmp_path: Path, count: int) -> None:
+    no_more = "raise RuntimeError('no more threads')"
+    env = sabotage(tmp_path / "s", f"count > {count}", no_more, "threading.Thread.start")
+    result = download(tmp_path, add_videos(cdn, 9), env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_home(tmp_path / "video_outputs", 9)
 
 
 # Ctrl-C and SIGTERM. Each situation: what the second video's server does meanwhile.
 
 SITUATIONS = {
-    "transferring": Reply(send=HALF, ending="hang"),
+    "transferring": Reply(pause_at=BIG // 2),
     "waiting-for-the-head": Reply(wait_s=60),
-    "in-a-back-off": Reply(status=503, headers={"Retry-After": "50"}),
+    "in-a-back-off": Reply(status=500, headers={"Retry-After": "50"}),
+    "holding-back": Reply(status=503, headers={"Retry-After": "50"}),
     "connecting": None,
-    "waiting-for-another-run": Reply(),
+    "waiting-for-another-run": Reply(wait_s=60),
 }
 
 
 @dataclass
 class StoppedRuns:
-    signal_number: int
     cdn: Cdn
     directories: Mapping[str, Path]
+    exit_code: int
     ends: Mapping[str, subprocess.CompletedProcess[str]]
-
-
-def start_situation(name: str, directory: Path, cdn: Cdn, deaf: str) -> subprocess.Popen[str]:
-    reply = SITUATIONS[name]
-    good = cdn.add(f"{name}/0.mp4", OBJECT)
-    link = cdn.add(f"{name}/1.mp4", OTHER, reply, Reply()) if reply else f"{deaf}/1.mp4"
-    write_results(directory, [make_row(0, video_url=good), make_row(1, video_url=link)])
-    return start_script(directory)
-
-
-def wait_for_situation(
-    name: str, directory: Path, cdn: Cdn, process: subprocess.Popen[str]
-) -> None:
-    """Wait until ``process`` is where it is to be stopped; one video is home by then."""
-    output_dir = directory / "video_outputs"
-    if name == "waiting-for-another-run":
-        read_until(process, "waiting")
-        return
-    wait_until(lambda: (output_dir / "picture_0.mp4").exists())
-    if SITUATIONS[name]:
-        wait_until(lambda: cdn.asked(f"{name}/1.mp4"))
-    if name == "transferring":
-        wait_until(lambda: OTHER[:HALF] in hidden_in(output_dir).values())
 
 
 @contextlib.contextmanager
@@ -2958,192 +2245,131 @@ def ctrl_c_allowed() -> Iterator[None]:
 def stopped_runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[StoppedRuns]:
-    """One run a situation, all of them stopped by the same signal."""
+    """One run a situation, all of them stopped by the same signal; one video is home by then."""
     directories = {name: tmp_path_factory.mktemp(name) for name in SITUATIONS}
-    busy = directories["waiting-for-another-run"]
     with Cdn() as cdn, deaf_port() as deaf, ctrl_c_allowed():
-        held = cdn.add("held.mp4", OBJECT, Reply(wait_s=60))
-        write_results(busy, [make_row(9, video_url=held)])
-        other = start_script(busy)
-        wait_until(lambda: cdn.asked("held.mp4"))
-        processes = {
-            name: start_situation(name, directory, cdn, deaf)
-            for name, directory in directories.items()
-        }
-        for name, process in processes.items():
-            wait_for_situation(name, directories[name], cdn, process)
+        for name, reply in SITUATIONS.items():
+            links = [cdn.add(f"{name}/0.mp4", OBJECT), f"{deaf}/1.mp4"]
+            if reply:
+                links[1] = cdn.add(f"{name}/1.mp4", make_mp4(1, BIG), reply, Reply())
+            rows = [make_row(number, video_url=link) for number, link in enumerate(links)]
+            write_results(directories[name], rows)
+        other = start_script(directories["waiting-for-another-run"])
+        home = directories["waiting-for-another-run"] / "video_outputs" / "picture_0.mp4"
+        wait_until(lambda: home.exists() and cdn.asked("waiting-for-another-run/1.mp4"))
+        processes = {name: start_script(directory) for name, directory in directories.items()}
+        for name, reply in SITUATIONS.items():
+            wait_until((directories[name] / "video_outputs" / "picture_0.mp4").exists)
+            if reply:
+                wait_until(lambda: cdn.asked(f"{name}/1.mp4"))  # noqa: B023
+        wait_until(lambda: parts_in(directories["transferring"] / "video_outputs"))
+        read_until(processes["waiting-for-another-run"], "Waiting for 1 video")
+        since = time.monotonic()
         for process in processes.values():
             process.send_signal(request.param)
         ends = {name: finish(process) for name, process in processes.items()}
+        assert time.monotonic() - since < 3
         other.kill()
         other.communicate()
-        yield StoppedRuns(request.param, cdn, directories, ends)
+        yield StoppedRuns(cdn, directories, 128 + request.param, ends)
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_a_signal_ends_the_run_with_statistics(stopped_runs: StoppedRuns, name: str) -> None:
     end = stopped_runs.ends[name]
-    downloaded = 0 if name == "waiting-for-another-run" else 1
-    assert end.returncode == 128 + stopped_runs.signal_number
-    assert end.stderr == ""
-    assert f"Videos downloaded: {downloaded}\n" in end.stdout
-    output_dir = stopped_runs.directories[name] / "video_outputs"
-    assert "picture_1.mp4" not in names_in(output_dir)
+    assert end.returncode == stopped_runs.exit_code
+    assert re.fullmatch("❌ stopped by SIG[^\n]*", end.stderr.strip())
+    home = statistic(end, "Videos downloaded"), statistic(end, "Already existed")
+    assert home == ((0, 1) if name == "waiting-for-another-run" else (1, 0))
+    assert "picture_1.mp4" not in names_in(stopped_runs.directories[name] / "video_outputs")
 
 
 def test_a_stopped_run_leaves_its_part_and_the_next_resumes_it(stopped_runs: StoppedRuns) -> None:
     directory = stopped_runs.directories["transferring"]
-    output_dir = directory / "video_outputs"
-    assert list(hidden_in(output_dir).values()) == [OTHER[:HALF]]
+    output_dir, body = directory / "video_outputs", make_mp4(1, BIG)
+    (part,) = parts_in(output_dir).values()
+    assert body.startswith(part)
     assert run_script(directory).returncode == 0
     starts = [request.range_start for request in stopped_runs.cdn.asked("transferring/1.mp4")]
-    assert starts == [None, HALF]
-    assert_whole(output_dir, "picture_1", make_task_id(1), OTHER)
+    assert starts == [None, len(part)]
+    assert_whole(output_dir, "picture_1", make_task_id(1), body)
     assert len(names_in(output_dir)) == 4
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from download_succeeded_videos import VideoDownloader
+VideoDownloader("videos").process_polling_results_file(sys.argv[2])
+"""
+
+
+def test_a_program_that_uses_the_class_ends_soon_after_ctrl_c(cdn: Cdn, tmp_path: Path) -> None:
+    silent = Reply(wait_s=60), Reply(send=HALF, ending="hang")
+    links = [cdn.add(f"{number}.mp4", OBJECT, reply) for number, reply in enumerate(silent)]
+    file = write_results(tmp_path, [make_row(i, video_url=link) for i, link in enumerate(links)])
+    command = [sys.executable, "-c", PROGRAM, str(SCRIPT.parent), str(file)]
+    with ctrl_c_allowed():
+        process = subprocess.Popen(command, cwd=tmp_path, env=script_environment())
+    wait_until(lambda: len(cdn.requests) == 2)
+    since = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert time.monotonic() - since < 2
 
 
 # The disk.
 
-FULL_AFTER = """
-import errno, os
-left, sync = {syncs}, os.fsync
-def fsync(descriptor):
-    global left
-    left -= 1
-    if left < 0:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return sync(descriptor)
-os.fsync = fsync
-"""
 
-
-def assert_full(result: subprocess.CompletedProcess[str], output_dir: Path) -> set[str]:
-    """One clear line, exit 1, only whole videos; their names."""
-    assert result.returncode == 1
-    assert result.stderr == ""
-    assert len([line for line in result.stdout.splitlines() if "no space left" in line]) == 1
-    assert not [name for name in names_in(output_dir) if name.startswith(".")]
-    videos = {name for name in names_in(output_dir) if name.endswith(".mp4")}
-    for video in videos:
-        number = int(video.removeprefix("picture_").removesuffix(".mp4"))
-        body = make_mp4(number, VIDEO_BYTES)
-        assert_whole(output_dir, f"picture_{number}", make_task_id(number), body)
-    return videos
-
-
-def add_videos(cdn: Cdn, count: int) -> list[dict[str, Any]]:
-    links = [cdn.add(f"{i}.mp4", make_mp4(i, VIDEO_BYTES)) for i in range(count)]
-    return [make_row(i, video_url=link) for i, link in enumerate(links)]
-
-
-@pytest.mark.parametrize("syncs", [1, 4])
 def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_is_whole(
-    cdn: Cdn, tmp_path: Path, syncs: int
-) -> None:
-    env = sabotage(tmp_path / "s", FULL_AFTER.format(syncs=syncs))
-    result = download(tmp_path, add_videos(cdn, 6), "--workers", "1", env=env)
-    videos = assert_full(result, tmp_path / "video_outputs")
-    assert bool(videos) == (syncs >= 4)
-    assert len(videos) < 6
-    assert download(tmp_path, add_videos(cdn, 6)).returncode == 0
-
-
-def test_a_full_disk_takes_the_parts_of_the_other_videos_along(cdn: Cdn, tmp_path: Path) -> None:
-    rows = add_videos(cdn, 1)
-    link = cdn.add("slow.mp4", OTHER, Reply(send=HALF, ending="hang"))
-    cdn.replies["/0.mp4"] = [Reply(bytes_per_second=100_000)]
-    env = sabotage(tmp_path / "s", FULL_AFTER.format(syncs=0))
-    result = download(tmp_path, [*rows, make_row(1, video_url=link)], env=env)
-    assert assert_full(result, tmp_path / "video_outputs") == set()
-    assert cdn.asked("slow.mp4")
-
-
-@contextlib.contextmanager
-def mounted(place: Path, *options: str) -> Iterator[None]:
-    """A small file system of its own at ``place``; skips the test where that may not be."""
-    place.mkdir(exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no right to mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_small_file_system_fills_up(cdn: Cdn, tmp_path: Path) -> None:
-    output_dir = tmp_path / "video_outputs"
-    with mounted(output_dir, "size=300k"):
-        videos = assert_full(download(tmp_path, add_videos(cdn, 9), "--workers", "2"), output_dir)
-        assert 1 <= len(videos) <= 5
-
-
-def test_a_read_only_directory_is_one_clear_line(cdn: Cdn, tmp_path: Path) -> None:
-    output_dir = tmp_path / "video_outputs"
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        with mounted(output_dir, "ro"):
-            result = download(tmp_path, add_videos(cdn, 2))
-    else:
-        output_dir.mkdir(mode=0o555)
-        result = download(tmp_path, add_videos(cdn, 2))
-    assert_no_directory(result, cdn)
-
-
-@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
-def test_a_file_in_place_of_the_directory_is_one_clear_line(
-    cdn: Cdn, tmp_path: Path, place: str
-) -> None:
-    (tmp_path / "file").write_text("mine")
-    result = download(tmp_path, add_videos(cdn, 2), "--output-dir", place)
-    assert_no_directory(result, cdn)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def assert_no_directory(result: subprocess.CompletedProcess[str], cdn: Cdn) -> None:
-    assert result.returncode == 1
-    assert result.stderr == ""
-    assert result.stdout.lower().count("❌ the output directory") == 1
-    assert cdn.requests == []
-
-
-def test_a_file_that_appears_meanwhile_under_the_name_is_not_overwritten(
     cdn: Cdn, tmp_path: Path
 ) -> None:
-    output_dir = tmp_path / "video_outputs"
-    link = cdn.add("0.mp4", OBJECT, Reply(wait_s=60))
-    write_results(tmp_path, [make_row(video_url=link)])
-    process = start_script(tmp_path)
-    wait_until(lambda: cdn.requests)
-    (output_dir / "picture_0.mp4").write_bytes(OTHER)
-    cdn.released.set()
-    assert finish(process).returncode == 0
-    assert (output_dir / "picture_0.mp4").read_bytes() == OTHER
-    assert_whole(output_dir, f"picture_0_{make_task_id(0)[:8]}", make_task_id(0), OBJECT)
+    output_dir, rows = tmp_path / "video_outputs", add_videos(cdn, 6)
+    rows.append(make_row(6, video_url=cdn.add("6.mp4", OTHER, Reply(send=HALF, ending="hang"))))
+    full = "raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
+    env = sabotage(tmp_path / "s", "count > 6", full, "os.fsync")
+    result = download(tmp_path, rows, "--workers", "2", env=env)
+    assert result.returncode == 1
+    assert re.fullmatch("❌ no space left[^\n]*", result.stderr.strip())
+    videos = list(output_dir.glob("*.mp4"))
+    assert 1 <= len(videos) < 6
+    for video in videos:
+        number = int(video.stem[-1])
+        assert_whole(output_dir, video.stem, make_task_id(number), make_mp4(number, VIDEO_BYTES))
+    assert len(names_in(output_dir)) == 2 * len(videos)  # no part file either
+
+
+def test_a_directory_that_cannot_be_written_is_one_clear_line(cdn: Cdn, tmp_path: Path) -> None:
+    (tmp_path / "video_outputs").mkdir(mode=0o555)
+    write_results(tmp_path, add_videos(cdn, 2))
+    if os.geteuid() == 0 and not shutil.which(ORDINARY_USER[0]):
+        pytest.skip("root may write anywhere")
+    before = ORDINARY_USER if os.geteuid() == 0 else ()
+    result = finish(start_script(tmp_path, before=before))
+    assert result.returncode == 1
+    assert re.fullmatch("❌ the output directory [^\n]*", result.stderr.strip())
+    assert cdn.requests == []
 
 
 # TLS: a certificate for 127.0.0.1 that no one else trusts, good until 2120.
 
-CERTIFICATE = """
------BEGIN CERTIFICATE-----
-MIIBcjCCARigAwIBAgIBATAKBggqhkjOPQQDAjAXMRUwEwYDVQQDDAxMb29wYmFj
-ayBDRE4wIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBcxFTATBgNV
-BAMMDExvb3BiYWNrIENETjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABCbhXfrI
-X43ci5qC53k7uSEIAtE8KwPdDlxq/ZcEZcpu1uc+NtYRyt9Jv7mw5F/PtUh/C5Su
-HHU4euxBKU1ZsSSjUzBRMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKE
-MA8GA1UdEQQIMAaHBH8AAAEwHQYDVR0OBBYEFCljnNBLWPlfBZ76YtSzGTBeNR7i
-MAoGCCqGSM49BAMCA0gAMEUCICW+FPHPvJp9yaYHLtGEp7f7p8rchSKrlB9PCHP+
-7mqVAiEAjRm3RX01gKxOMjjFckOcmgub8G/3pEq5KhbfTMNEOuY=
------END CERTIFICATE-----
-"""
-KEY_OF_CERTIFICATE = """
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgk7WA8SD/cCVsk3N8
-q0YnyncBJoUWDIuhZT0UIEXQHlyhRANCAAQm4V36yF+N3Iuagud5O7khCALRPCsD
-3Q5cav2XBGXKbtbnPjbWEcrfSb+5sORfz7VIfwuUrhx1OHrsQSlNWbEk
------END PRIVATE KEY-----
-"""
+CERTIFICATE = (
+    "MIIBcjCCARigAwIBAgIBATAKBggqhkjOPQQDAjAXMRUwEwYDVQQDDAxMb29wYmFjayBDRE4wIBcNMjAwMTAxMDAwMDAw"
+    "WhgPMjEyMDAxMDEwMDAwMDBaMBcxFTATBgNVBAMMDExvb3BiYWNrIENETjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IA"
+    "BCbhXfrIX43ci5qC53k7uSEIAtE8KwPdDlxq/ZcEZcpu1uc+NtYRyt9Jv7mw5F/PtUh/C5SuHHU4euxBKU1ZsSSjUzBR"
+    "MA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKEMA8GA1UdEQQIMAaHBH8AAAEwHQYDVR0OBBYEFCljnNBLWPlf"
+    "BZ76YtSzGTBeNR7iMAoGCCqGSM49BAMCA0gAMEUCICW+FPHPvJp9yaYHLtGEp7f7p8rchSKrlB9PCHP+7mqVAiEAjRm3"
+    "RX01gKxOMjjFckOcmgub8G/3pEq5KhbfTMNEOuY="
+)
+KEY_OF_CERTIFICATE = (
+    "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgk7WA8SD/cCVsk3N8q0YnyncBJoUWDIuhZT0UIEXQHlyh"
+    "RANCAAQm4V36yF+N3Iuagud5O7khCALRPCsD3Q5cav2XBGXKbtbnPjbWEcrfSb+5sORfz7VIfwuUrhx1OHrsQSlNWbEk"
+)
+
+
+def make_pem(kind: str, data: str) -> str:
+    pem = ssl.DER_cert_to_PEM_cert(base64.b64decode(data))
+    return pem.replace("CERTIFICATE", kind)
 
 
 class TlsCdn(Cdn):
@@ -3152,9 +2378,9 @@ class TlsCdn(Cdn):
     def __init__(self, directory: Path) -> None:
         super().__init__()
         self.bundle = directory / "bundle.pem"
-        self.bundle.write_text(CERTIFICATE)
+        self.bundle.write_text(make_pem("CERTIFICATE", CERTIFICATE))
         key = directory / "key.pem"
-        key.write_text(KEY_OF_CERTIFICATE)
+        key.write_text(make_pem("PRIVATE KEY", KEY_OF_CERTIFICATE))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.bundle, key)
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
@@ -3164,40 +2390,13 @@ class TlsCdn(Cdn):
         return super().url.replace("http:", "https:")
 
 
-@pytest.fixture
-def tls_cdn(tmp_path: Path) -> Iterator[Cdn]:
-    with TlsCdn(tmp_path) as server:
-        yield server
-
-
-@pytest.mark.parametrize(
-    ("host", "trusted"),
-    [
-        pytest.param("127.0.0.1", False, id="unknown-authority"),
-        pytest.param("localhost", True, id="of-another-host"),
-    ],
-)
-def test_a_certificate_that_is_not_trusted_fails_at_once(
-    tls_cdn: TlsCdn, tmp_path: Path, host: str, trusted: bool
-) -> None:
-    link = tls_cdn.add("0.mp4", OBJECT).replace("127.0.0.1", host)
-    env = {"REQUESTS_CA_BUNDLE": str(tls_cdn.bundle)} if trusted else None
-    result = download(tmp_path, [make_row(video_url=link)], "--retries", "1", env=env)
+def test_a_certificate_that_is_not_trusted_fails_at_once(tmp_path: Path) -> None:
+    with TlsCdn(tmp_path) as cdn:
+        result = download(tmp_path, [make_row(video_url=cdn.add("0.mp4", OBJECT))])
     assert result.returncode == 3
-    assert "certificate is not trusted" in result.stdout
-    assert "Retried" not in result.stdout
-    assert tls_cdn.requests == []
-
-
-COUNT_BUNDLES = """
-import ssl
-load = ssl.SSLContext.load_verify_locations
-def counted(self, *arguments, **options):
-    with open({log!r}, "a") as log:
-        print(arguments, options, file=log)
-    return load(self, *arguments, **options)
-ssl.SSLContext.load_verify_locations = counted
-"""
+    assert "certificate is not trusted" in result.stderr
+    assert "tried" not in result.stderr
+    assert cdn.requests == []
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
@@ -3206,56 +2405,59 @@ def test_connections_are_kept_alive(cdn: Cdn, tmp_path: Path, framing: str) -> N
     rows = [make_row(i, video_url=cdn.add(f"{i}.mp4", OBJECT, replies)) for i in range(30)]
     assert download(tmp_path, rows, "--workers", "3").returncode == 0
     assert len(cdn.requests) == 30
-    assert len(cdn.connections) <= 3
+    assert len({request.client for request in cdn.requests}) <= 3
 
 
-def test_a_bundle_of_ones_own_is_trusted_and_loaded_once_a_run(
-    tls_cdn: TlsCdn, tmp_path: Path
-) -> None:
+def test_a_bundle_of_ones_own_is_trusted_and_loaded_once_a_run(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    env = sabotage(tmp_path / "s", COUNT_BUNDLES.format(log=str(log)))
-    env["REQUESTS_CA_BUNDLE"] = str(tls_cdn.bundle)
-    result = download(tmp_path, add_videos(tls_cdn, 20), env=env)
-    assert result.returncode == 0
-    assert len(tls_cdn.requests) == 20
+    note = f"print(arguments, options, file=open({str(log)!r}, 'a'))"
+    env = sabotage(tmp_path / "s", "True", note, "ssl.SSLContext.load_verify_locations")
+    with TlsCdn(tmp_path) as cdn:
+        env["REQUESTS_CA_BUNDLE"] = str(cdn.bundle)
+        assert download(tmp_path, add_videos(cdn, 20), env=env).returncode == 0
+    assert len(cdn.requests) == 20
     assert log.read_text().count("bundle.pem") == 1
 
 
 # --- The command line: the real script in its own process -------------------------------------
 
 LATEST = "runway_polling_results_20250617_040158.json"
-GUIDE_ID = "f645e2df-b639-4264-9bf2-fc7bceb6c658"
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but \n
+WEBM = b"\x1a\x45\xdf\xa3" + random.Random(0).randbytes(2000)
+PYTHON = shlex.quote(sys.executable)
 unix_only = pytest.mark.skipif(os.name != "posix", reason="needs a Unix shell or terminal")
 
 
 def run_raw(
-    directory: Path, *arguments: str, shell: str = "", encoding: str = "utf-8",
-    script: Path = SCRIPT, stdout: int = subprocess.PIPE,
-) -> subprocess.CompletedProcess[bytes]:  # fmt: skip
+    directory: Path, *arguments: str, shell: str = "", encoding: str = "utf-8"
+) -> subprocess.CompletedProcess[bytes]:
     """As `run_script`, but in bytes; ``shell`` is a shell line in which ``"$@"`` is the script."""
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.run(
-        ["sh", "-c", shell, "sh", *command] if shell else command,
-        cwd=directory,
-        env=script_environment(PYTHONIOENCODING=encoding),
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        timeout=120,
-        check=False,
-    )
+    command = [*(["sh", "-c", shell, "sh"] if shell else []), sys.executable, str(SCRIPT)]
+    env = script_environment(PYTHONIOENCODING=encoding)
+    command += arguments
+    return subprocess.run(command, cwd=directory, env=env, capture_output=True, check=False)
 
 
-def put_video(directory: Path, row: Mapping[str, Any], body: bytes, **file_info: Any) -> Path:
-    """A video and its metadata as an earlier run left them; ``None`` leaves a fact out."""
+def run_json(directory: Path, *arguments: str) -> dict[str, Any]:
+    """What ``--json`` prints: one object, on a stdout of its own."""
+    result = run_script(directory, "--json", *arguments)
+    report: dict[str, Any] = json.loads(result.stdout)
+    assert result.returncode == report["exit_code"]
+    assert list(report["stats"]) == list(figures())
+    keys = ["task_id", "status", "path", "size_bytes", "error", "warning"]
+    assert all(list(video)[:6] == keys for video in report["videos"])
+    return report | {"videos": {video["task_id"]: video for video in report["videos"]}}
+
+
+def put_video(
+    directory: Path, row: Mapping[str, Any], body: bytes, info: Mapping[str, Any] | None = None
+) -> Path:
+    """A video and its metadata as an earlier run left them; ``info`` as an older one did."""
     directory.mkdir(exist_ok=True)
     video = directory / f"{row['target_filename_stub']}.mp4"
     video.write_bytes(body)
-    facts = {"size_bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()} | file_info
-    metadata = {
-        "runway_task_json": {"task_id": row["task_id"]},
-        "file_info": {key: value for key, value in facts.items() if value is not None},
-    }
+    facts = {"size_bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+    metadata = {"runway_task_json": row, "file_info": facts if info is None else info}
     video.with_suffix(".json").write_text(json.dumps(metadata), encoding="utf-8")
     return video
 
@@ -3274,127 +2476,109 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
+def read_failures(err: str) -> dict[str, str]:
+    """Name → reason, detail and advice, from the groups at the end of a run."""
+    found: dict[str, str] = {}
+    for block in err.strip("\n").split("\n\n"):
+        reason, *names, advice = block.splitlines()
+        found |= {line.split()[0]: f"{reason}\n{line}\n{advice}" for line in names}
+    return found
+
+
 # Console: section 6 of the contract
 
 
-def test_console_of_a_run_with_one_task_is_the_guides(tmp_path: Path, cdn: Cdn) -> None:
-    body = make_mp4("guide", 941_873)
-    link = cdn.add("0f3b0be2-a946-4cbb-8c3c-38ba4c1bf3b1.mp4", body)
-    stub = "test_succeeded_video"
-    write_results(tmp_path, [make_row(task_id=GUIDE_ID, target_filename_stub=stub, video_url=link)])
-    result = run_raw(tmp_path)
-    shown = "https://dnznrvs05pmza.cloudfront.net/0f3b0be2-a946"
-    expected = CONSOLE.replace(shown, link[: len(shown)])
-    assert (result.stdout.decode(), result.stderr, result.returncode) == (expected, b"", 0)
-
-
-def test_a_short_link_is_shown_up_to_its_query(tmp_path: Path, cdn: Cdn) -> None:
-    write_results(tmp_path, serve(cdn, 1))
-    lines = run_script(tmp_path).stdout.splitlines()
-    assert f"  📥 Streaming download from: {cdn.url}/0.mp4" in lines
-
-
-def test_no_results_file_is_said_with_the_places_searched(tmp_path: Path) -> None:
-    result = run_script(tmp_path, "--output-dir", "elsewhere")
-    assert result.returncode == 1
-    assert [line for line in result.stdout.splitlines() if line] == [
-        "❌ no runway_polling_results_*.json in ., video_outputs, elsewhere: "
-        "run the polling step first"
-    ]
-    assert names_in(tmp_path) == set()
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        pytest.param(None, "No such file", id="missing"),
-        pytest.param(b'{"task_results": [\n  {},,', "line 2, column 6", id="not-json"),
-        pytest.param(b"[" * 200_000, "nested", id="nested-without-end"),
-    ],
-)
-def test_an_unreadable_results_file_ends_the_run(
-    tmp_path: Path, content: bytes | None, said: str
-) -> None:
-    if content is not None:
-        (tmp_path / "chosen.json").write_bytes(content)
-    result = run_script(tmp_path, "--polling-results-file", "chosen.json")
-    assert result.returncode == 1
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("  ❌")]
-    assert "chosen.json" in line
-    assert said in line
-    assert result.stderr == ""
-
-
-@pytest.mark.parametrize("place", [".", "video_outputs", "elsewhere"])
-def test_latest_goes_by_the_name_in_all_places(tmp_path: Path, cdn: Cdn, place: str) -> None:
-    new, old = serve(cdn, 2)
-    for name in ("video_outputs", "elsewhere"):
-        (tmp_path / name).mkdir()
-    for directory in {".", "video_outputs", "elsewhere"} - {place}:
-        write_results(tmp_path / directory, [old], "20250616_235959")
-    os.utime(write_results(tmp_path / place, [new], "20250617_000000"), (0, 0))
-    result = run_script(tmp_path, "--output-dir", "elsewhere")
-    assert result.stdout.startswith(
-        "📁 Using latest results file: runway_polling_results_20250617_000000.json\n"
-    )
-    assert_whole(tmp_path / "elsewhere", "picture_0", make_task_id(0), make_mp4(0))
-    assert not cdn.asked("1.mp4")
-
-
-def test_all_serves_the_good_files_latest_first(tmp_path: Path, cdn: Cdn) -> None:
-    rows = serve(cdn, 3)
-    stale = cdn.add("stale.mp4", b"", Reply(status=404))
+def test_a_big_run_ends_with_its_failures_each_reason_said_once(tmp_path: Path, cdn: Cdn) -> None:
     (tmp_path / "video_outputs").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "runway_polling_results_20250617_000003.json").write_text("{", encoding="utf-8")
-    write_results(tmp_path / "elsewhere", rows[:2], "20250617_000004")
-    write_results(tmp_path, [rows[0] | {"video_url": stale}], "20250617_000002")
-    write_results(tmp_path / "video_outputs", rows[2:], "20250617_000001")
-    (tmp_path / "runway_polling_results_20250616_000000.json").write_bytes(b"\xff")
-    result = run_script(tmp_path, "--all", "--output-dir", "elsewhere")
-    assert result.returncode == 3
-    assert result.stdout.startswith("🔍 Found 5 polling results files\n\n📋 Processing: ")
-    assert re.findall(r"results_(\d+_\d+)\.json$", result.stdout, re.MULTILINE) == [
-        "20250617_000004",
-        "20250617_000003",
-        "20250617_000002",
-        "20250617_000001",
-        "20250616_000000",
-    ]
-    assert "✅ Total SUCCEEDED tasks found: 3\n" in result.stdout
-    assert not cdn.asked("stale.mp4")
-    for number in range(3):
-        body = make_mp4(number)
-        assert_whole(tmp_path / "elsewhere", f"picture_{number}", make_task_id(number), body)
-
-
-def test_console_stays_short_and_failures_are_found_at_its_end(tmp_path: Path, cdn: Cdn) -> None:
-    rows = serve(cdn, 20)
-    for number in range(15, 20):
-        rows[number]["video_url"] = cdn.add(f"{number}.mp4", b"", Reply(status=403))
-    for number in range(20, 500):
-        rows.append(make_row(number))
-        put_video(tmp_path / "video_outputs", rows[-1], make_mp4(number, 2000))
+    for number in range(1100):
+        (tmp_path / "video_outputs" / f"a{number}.mp4").write_bytes(WHOLE)
+    rows = serve(cdn, 30)
+    for number in range(3, 28):
+        cdn.add(f"{number}.mp4", b"", Reply(status=403))
+    cdn.add("28.mp4", b"<html>")
+    del rows[29]["video_url"]
     write_results(tmp_path, rows)
     result = run_script(tmp_path)
     assert result.returncode == 3
-    assert len(result.stdout.splitlines()) < 300
-    tail = result.stdout.partition("📊 DOWNLOAD STATISTICS")[2]
-    for count in ("found: 500", "downloaded: 15", "existed: 480", "downloads: 5"):
-        assert f" {count}\n" in tail
-    for number in range(15, 20):
-        (line,) = [line for line in tail.splitlines() if make_task_id(number)[:8] in line]
-        assert "HTTP 403" in line
-        assert "RUNWAYML_API_SECRET" in line
-    assert "  … and 445 more\n" in tail
+    head, _, listing = result.stdout.partition("📁 Videos in video_outputs:\n")
+    assert "📥 Videos downloaded: 3\n⚠️ Already existed: 0\n❌ Failed downloads: 27\n" in head
+    *names, more, _, total = listing.splitlines()
+    assert sorted(names[:3]) == [f"  • picture_{number}.mp4 (0.10 MB)" for number in range(3)]
+    assert [name[:5] for name in names[3:]] == ["  • a"] * 7
+    assert more == "  … and 1,093 more"
+    assert total.startswith("💾 Total storage used: ")
+    assert result.stderr.count("\n\n") == 2
+    failures = read_failures(result.stderr)
+    assert len(failures) == 20 + 1 + 2  # the one that says how many more
+    assert re.search("❌ 25 videos: .*HTTP 403", result.stderr)
+    assert "\n    … and 5 more\n  → set RUNWAYML_API_SECRET" in result.stderr
+    assert re.search("text|HTML", failures["picture_28.mp4"])
+    assert "video_url" in failures["picture_29.mp4"]
+    both = run_raw(tmp_path, shell='"$@" 2>&1').stdout.decode()
+    assert both.index("💾 Total storage used") < both.index("❌ 25 videos: ")
+
+
+def test_quiet_prints_what_is_wrong_and_nothing_else(tmp_path: Path, cdn: Cdn) -> None:
+    rows = [make_row(9, final_status="FAILED"), *serve(cdn, 2)]
+    cdn.add("1.mp4", b"", Reply(status=404))
+    for option, count in (("--quiet", 1), ("-q", 2), ("-q", 2)):
+        write_results(tmp_path, rows[:count])
+        result = run_script(tmp_path, option, "--gallery")
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    write_results(tmp_path, rows)
+    result = run_script(tmp_path, "-q")
+    assert (result.returncode, result.stdout) == (3, "")
+    said = r"\n?❌ 1 video: .*HTTP 404.*\n    picture_1.mp4 .*\n  → .*\n"
+    assert re.fullmatch(said, result.stderr)
+
+
+def test_what_cannot_be_read_is_said_with_what_would_help(tmp_path: Path) -> None:
+    result = run_script(tmp_path, "--output-dir", "elsewhere")
+    assert (result.returncode, result.stdout) == (1, "")
+    places = ", ".join(str(tmp_path / name) for name in ("", "video_outputs", "elsewhere"))
+    said = f"❌ No polling results found in {places} — run the polling step first"
+    assert result.stderr.strip().startswith(said)
+    assert names_in(tmp_path) == set()
+    (tmp_path / "queue.json").write_text('{"tasks": []}', encoding="utf-8")
+    result = run_script(tmp_path, "missing.json", "queue.json")
+    assert result.returncode == 1
+    assert "missing.json: cannot be read: No such file" in result.stderr
+    assert "queue.json: is not a polling-results file, which looks like {" in result.stderr
+
+
+@pytest.mark.parametrize("way", ["--all", "FILE ..."])
+def test_several_files_are_read_latest_first_and_the_broken_ones_named(
+    tmp_path: Path, cdn: Cdn, way: str
+) -> None:
+    rows = serve(cdn, 3)
+    stale = rows[0] | {"video_url": cdn.add("stale.mp4", b"", Reply(status=404))}
+    contents = {"video_outputs": [rows[2]], ".": [stale], "out": rows[:2]}
+    for number, place in enumerate(contents, 1):
+        (tmp_path / place).mkdir(exist_ok=True)
+        write_results(tmp_path / place, contents[place], f"2025061{number}_000000")
+    latest = run_script(tmp_path, "--output-dir", "out", "--dry-run").stdout
+    assert latest.startswith("📁 Using latest results file: runway_polling_results_20250613_000000")
+    broken = write_results(tmp_path, [], "20250614_000000")
+    broken.write_text("{", encoding="utf-8")
+    files = sorted(map(str, tmp_path.rglob("*.json")), key=os.path.basename)
+    arguments = ["--output-dir", "out", *(["--all"] if way == "--all" else files)]
+    result = run_script(tmp_path, *arguments)
+    assert result.returncode == 3
+    assert result.stdout.startswith("🔍 Found 4 polling results files\n") == (way == "--all")
+    days = re.findall(r"Processing: \w+_2025061(\d)_000000\.json\n", result.stdout)
+    assert days == ["4", "3", "2", "1"]
+    assert broken.name in result.stderr
+    assert not cdn.asked("stale.mp4")
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 3
+    for mode in ("--dry-run", "--verify"):
+        assert run_script(tmp_path, *arguments, mode).returncode == 3
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252:strict"])
 def test_a_console_without_emoji_does_not_break_the_run(
     tmp_path: Path, cdn: Cdn, encoding: str
 ) -> None:
-    row = make_row(target_filename_stub="élan☃", video_url=cdn.add("0.mp4", make_mp4()))
-    write_results(tmp_path, [row])
+    write_results(tmp_path, [row | {"target_filename_stub": "élan☃"} for row in serve(cdn, 1)])
     result = run_raw(tmp_path, encoding=encoding)
     assert (result.returncode, result.stderr) == (0, b"")
     assert "Videos downloaded: 1" in result.stdout.decode(encoding.split(":")[0])
@@ -3402,89 +2586,59 @@ def test_a_console_without_emoji_does_not_break_the_run(
 
 
 @unix_only
-@pytest.mark.parametrize("shell", ['exec "$@" >&- 2>&- <&-', '"$@" | head -n 1'])
+@pytest.mark.parametrize(
+    "shell", ['"$@" >&- 2>&- <&-; echo $? >code', '{ "$@"; echo $? >code; } | head -n 0']
+)
 def test_a_console_that_goes_away_costs_no_video(tmp_path: Path, cdn: Cdn, shell: str) -> None:
-    write_results(tmp_path, serve(cdn, 3))
-    result = run_raw(tmp_path, shell=shell)
-    assert (result.returncode, result.stderr) == (0, b"")
-    for number in range(3):
-        body = make_mp4(number)
-        assert_whole(tmp_path / "video_outputs", f"picture_{number}", make_task_id(number), body)
-
-
-@unix_only
-def test_json_stays_alone_on_stdout_when_stderr_is_closed(tmp_path: Path) -> None:
-    write_results(tmp_path, [])
-    result = run_raw(tmp_path, "--json", shell='exec "$@" 2>&-')
-    assert json.loads(result.stdout)["stats"]["total_succeeded"] == 0
-
-
-def test_a_broken_pipe_does_not_change_the_exit_code(tmp_path: Path, cdn: Cdn) -> None:
     write_results(tmp_path, serve(cdn, 1))
-    for exists in (False, True):
-        reader, writer = os.pipe()
-        os.close(reader)
-        result = run_raw(tmp_path, stdout=writer)
-        os.close(writer)
-        assert (result.returncode, result.stderr) == (0, b"")
-        assert len(cdn.requests) == 1, f"{exists=}"
+    assert run_raw(tmp_path, shell=shell).stderr == b""
+    assert (tmp_path / "code").read_text() == "0\n"
+    assert_whole(tmp_path / "video_outputs", "picture_0", make_task_id(0), make_mp4())
 
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\r\x08\x9b31m\u202egnp\x00\ud800\nOWNED"
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "mode",
     [(), ("--dry-run",), ("--verify", "--all"), ("--json",), ("--output-dir", "out\x1b[2J\rput")],
     ids=" ".join,
 )
 def test_control_characters_never_reach_the_console(
-    tmp_path: Path, cdn: Cdn, arguments: tuple[str, ...]
+    tmp_path: Path, cdn: Cdn, mode: tuple[str, ...]
 ) -> None:
-    good, bad = cdn.add("0.mp4", make_mp4()), cdn.add("1.mp4", b"", Reply(status=403))
-    page = cdn.add("2.mp4", b"x", Reply(headers={"Content-Type": "text/\x1b[2J\x9b31m"}))
+    links = cdn.add("0.mp4", make_mp4()), cdn.add("1.mp4", b"", Reply(status=403)), EVIL
     rows = [
         make_row(number, video_url=link, **dict.fromkeys(fields, EVIL))
-        for number, link in enumerate((good, bad, page, EVIL, f"http://h/{EVIL}"))
+        for number, link in enumerate([*links, f"http://h/{EVIL}"])
         for fields in (("task_id",), ("target_filename_stub", "prompt", "image_path"))
     ]
     rows += [make_row(final_status=EVIL), make_row(final_status=[EVIL]), {EVIL: EVIL}]
     write_results(tmp_path, rows, "20250617_040158\x1b[2J\r" if os.name == "posix" else "1")
     (tmp_path / f"runway_polling_results_1{LATEST}").write_text('{"\x1b[2J', encoding="utf-8")
-    command = shlex.join([sys.executable, "-c", "print('\\x1b[2J\\r\\x07 said')"])
-    result = run_raw(tmp_path, *arguments, "--exec", command)
+    command = [sys.executable, "-c", "print('\\x1b[2J\\r\\x07 said'); exit(1)"]
+    result = run_raw(tmp_path, *mode, "--exec", shlex.join(command), "--gallery")
     shown = (result.stdout + result.stderr).decode()
     assert len(shown) > 100
     assert not CONTROL.search(shown)
     assert not re.search("^ *OWNED", shown, re.MULTILINE)
 
 
-# The live line, on a terminal
-
-
-@dataclass
-class Screen:
-    """What a terminal was told to show: lines that stay, and lines that were cleared."""
-
-    lines: list[str]
-    cleared: list[str]
-    exit_code: int
+# Progress: the live line on a terminal, lines in a log
 
 
 def run_in_terminal(
     directory: Path, columns: int, act: Callable[[subprocess.Popen[bytes], str], None]
-) -> Screen:
-    """Run the script on a pseudo-terminal; ``act`` sees what is shown so far, again and again."""
+) -> tuple[int, list[str], list[str]]:
+    """Run the script on a pseudo-terminal; ``act`` sees what is shown so far, again and again.
+
+    The exit code, the lines that stay and the live lines, which fit and are cleared.
+    """
     fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
     terminal, console = pytest.importorskip("pty").openpty()
     fcntl.ioctl(console, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT)],
-        cwd=directory,
-        env=script_environment(),
-        stdout=console,
-        stderr=console,
-    )
+    command, env = [sys.executable, str(SCRIPT)], script_environment()
+    process = subprocess.Popen(command, cwd=directory, env=env, stdout=console, stderr=console)
     os.close(console)
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()
@@ -3497,7 +2651,11 @@ def run_in_terminal(
     os.close(terminal)
     rows = [row.split("\r\x1b[K") for row in shown.decode().replace("\r\n", "\n").split("\n")]
     cleared = [line for row in rows for line in row[:-1] if line]
-    return Screen([row[-1] for row in rows], cleared, process.wait(60))
+    assert all(line.startswith("⏬ ") for line in cleared)
+    assert max(map(columns_of, cleared)) < columns
+    lines = [row[-1] for row in rows]
+    assert not [line for line in lines if CONTROL.search(line) or "⏬" in line]
+    return process.wait(60), lines, cleared
 
 
 def columns_of(line: str) -> int:
@@ -3506,56 +2664,80 @@ def columns_of(line: str) -> int:
 
 @unix_only
 @pytest.mark.parametrize("columns", [80, 40])
-def test_live_line_counts_fits_and_is_cleared(tmp_path: Path, cdn: Cdn, columns: int) -> None:
-    rows = serve(cdn, 5)
-    rows[4]["video_url"] = cdn.add("4.mp4", make_mp4(4, 3_000_000), Reply(wait_s=60))
+def test_live_line_counts_fits_and_shows_what_is_retried(
+    tmp_path: Path, cdn: Cdn, columns: int
+) -> None:
+    rows = serve(cdn, 4)
+    slow = cdn.add("4.mp4", make_mp4(4, 600_000), Reply(bytes_per_second=400_000))
+    cdn.add("3.mp4", make_mp4(3), Reply(status=500), Reply(wait_s=60))
     for row in rows[:3]:
         put_video(tmp_path / "video_outputs", row, make_mp4())
-    write_results(tmp_path, rows)
-    waiting: list[str] = []  # what the live line shows while the last video is awaited
+    write_results(tmp_path, [*rows, make_row(4, video_url=slow)])
 
     def release(_process: object, shown: str) -> None:
-        waiting.extend(re.findall(r"⏬ (\d+/\d+)", shown.partition("  4/5 Task")[2]))
-        if waiting:
+        if re.search("⏬ 4/5  0.6 MB" + "  [^\r]*🔁 " * (columns > 40), shown):
             cdn.released.set()
 
-    screen = run_in_terminal(tmp_path, columns, release)
-    assert screen.exit_code == 0
-    assert waiting[0] in ("4/5", "1/2")  # of all, or of those to download
-    assert all(line.startswith("⏬ ") for line in screen.cleared)
-    assert all(columns_of(line) < columns for line in screen.cleared)
-    if columns == 80:
-        assert any(re.search(r" MB  .?\d+%  [\d.]+ MB/s  .* left", x) for x in screen.cleared)
-    assert not [line for line in screen.lines if CONTROL.search(line) or "⏬" in line]
-    assert "📥 Videos downloaded: 2" in screen.lines
+    exit_code, lines, cleared = run_in_terminal(tmp_path, columns, release)
+    assert exit_code == 0
+    counted = r"⏬ 3/5  0\.\d MB  0\.\d MB/s  [\d:]+[1-9] left"
+    assert [line for line in cleared if re.match(counted, line)]
+    assert "📥 Videos downloaded: 2" in lines
 
 
 @unix_only
-def test_live_line_is_cleared_on_ctrl_c(tmp_path: Path, cdn: Cdn) -> None:
-    write_results(tmp_path, serve(cdn, 2, Reply(send=50_000, ending="hang")))
+def test_waiting_is_shown_and_a_signal_ends_line_and_json_well(tmp_path: Path, cdn: Cdn) -> None:
+    write_results(tmp_path, serve(cdn, 1, Reply(wait_s=60)))
+    other = start_script(tmp_path, "--json")
+    wait_until(lambda: cdn.requests)
     pressed: list[bool] = []
 
     def interrupt(process: subprocess.Popen[bytes], shown: str) -> None:
-        if "⏬" in shown and not pressed:
+        if "waiting for 1 video of another run" in shown and not pressed:
             pressed.append(True)
-            process.send_signal(signal.SIGINT)
+            threading.Timer(0.1, process.send_signal, [signal.SIGINT]).start()
 
-    screen = run_in_terminal(tmp_path, 80, interrupt)
-    assert screen.exit_code == 130
-    assert screen.cleared
-    assert not [line for line in screen.lines if CONTROL.search(line) or "⏬" in line]
-    assert "📊 DOWNLOAD STATISTICS" in screen.lines
+    exit_code, lines, _ = run_in_terminal(tmp_path, 80, interrupt)
+    assert exit_code == 130
+    assert "⏳ Waiting for 1 video that another run has in hand" in lines
+    assert "📥 Videos downloaded: 0" in lines
+    other.terminate()
+    out, err = other.communicate(timeout=30)
+    assert other.returncode == json.loads(out)["exit_code"] == 143
+    assert "📥 Videos downloaded: 0" in err
+    assert len(cdn.requests) == 1
 
 
-# --dry-run, --verify, --json, --shard, --exec
+def test_a_copy_of_the_script_alone_breaks_a_long_silence_in_a_log(
+    tmp_path: Path, cdn: Cdn
+) -> None:
+    shutil.copy(SCRIPT, tmp_path / "get.py")
+    write_results(tmp_path, serve(cdn, 1, Reply(status=500), Reply(wait_s=10)))
+    command = [sys.executable, "-c", "import get; get.SILENCE_S = 0.3; exit(get.main())"]
+    both, env = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}, script_environment()
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, **both)  # type: ignore[call-overload]
+    log = b""
+    for line in process.stdout:
+        log += line
+        if re.search("⏬ 0/1 .*HTTP 500", line.decode()):
+            cdn.released.set()
+    assert process.wait(30) == 0
+    assert cdn.released.is_set()
+    assert not CONTROL.search(log.decode())
+    assert_whole(tmp_path / "video_outputs", "picture_0", make_task_id(0), make_mp4())
+
+
+# --dry-run, --json, --verify, --shard
 
 
 def make_mixed_directory(directory: Path, cdn: Cdn) -> list[dict[str, Any]]:
-    """Five tasks: to download, twice under one stub; dead; without link; already there."""
+    """Five tasks: to download, twice under one stub; expired; without link; already there."""
     rows = serve(cdn, 5)
     rows[0]["video_url"] = make_jwt_link(f"{cdn.url}/0.mp4", 1893456000)
     rows[1]["target_filename_stub"] = "picture_0"
-    rows[2]["video_url"] = cdn.add("2.mp4", b"", Reply(status=404))
+    cdn.add("1.mp4", WEBM)
+    cdn.add("2.mp4", b"", Reply(status=404))
+    rows[2]["video_url"] = make_jwt_link(f"{cdn.url}/2.mp4", 1750000000)
     rows[3]["video_url"] = 7
     put_video(directory / "video_outputs", rows[4], make_mp4(4))
     write_results(directory, [*rows, make_row(9, final_status="FAILED"), "no object"])
@@ -3565,32 +2747,38 @@ def make_mixed_directory(directory: Path, cdn: Cdn) -> list[dict[str, Any]]:
 def test_dry_run_says_names_and_expiry_and_touches_nothing(tmp_path: Path, cdn: Cdn) -> None:
     make_mixed_directory(tmp_path, cdn)
     before = snapshot(tmp_path)
-    result = run_script(tmp_path, "--dry-run", "--exec", "touch ran")
+    result = run_script(tmp_path, "--dry-run", "--exec", f"{PYTHON} -h", "--gallery")
+    assert run_script(tmp_path, "--dry-run", "--output-dir", "new").returncode == 3
     assert snapshot(tmp_path) == before
     assert cdn.requests == []
-    lines = result.stdout.splitlines()
-    first, shared = make_task_id(0)[:8], make_task_id(1)[:8]
-    assert f"  📥 picture_0.mp4 (task {first}...): link expires 2030-01-01 00:00:00 UTC" in lines
-    (line,) = [line for line in lines if f"picture_0_{shared}.mp4" in line]
-    assert "does not say when it expires" in line
-    assert not [line for line in lines if "picture_4" in line]
-    assert "4 to do, 1 already there" in result.stdout
+    *lines, last = result.stdout.splitlines()
+    names = ["picture_0.mp4", f"picture_0_{make_task_id(1)[:8]}.mp4", "picture_2.mp4"]
+    said = ["expires 2030-01-01 00:00:00 UTC", "not say when", "expired 2025-06-15 15:06:40 UTC"]
+    for name, expiry in zip(names, said, strict=True):
+        assert [line for line in lines if f" {name} " in line and expiry in line]
+    assert "picture_4" not in result.stdout
+    assert "2 to do, 1 expired, 1 already there" in last
 
 
-def test_dry_run_names_are_those_of_the_run(tmp_path: Path, cdn: Cdn) -> None:
-    make_mixed_directory(tmp_path, cdn)
-    runs = [json.loads(run_script(tmp_path, "--json", *a).stdout) for a in (["--dry-run"], [])]
-    planned, done = ({v["task_id"]: v["path"] for v in run["videos"]} for run in runs)
-    assert planned.keys() == done.keys()
-    paths = {key: path for key, path in done.items() if path}
-    assert len(paths) == 3
-    assert paths.items() <= planned.items()
-
-
-def test_dry_run_does_not_create_the_output_directory(tmp_path: Path) -> None:
-    write_results(tmp_path, [make_row()])
-    assert run_script(tmp_path, "--dry-run", "--output-dir", "new/deep").returncode == 0
-    assert names_in(tmp_path) == {LATEST}
+def test_json_tells_what_will_become_and_became_of_each_video(tmp_path: Path, cdn: Cdn) -> None:
+    keys = [row["task_id"] for row in make_mixed_directory(tmp_path, cdn)]
+    plan, run = run_json(tmp_path, "--dry-run"), run_json(tmp_path)
+    planned, done = ([report["videos"][key] for key in keys] for report in (plan, run))
+    assert [video["status"] for video in planned] == [*["pending"] * 3, "failed", "exists"]
+    assert planned[0]["expires"] == "2030-01-01T00:00:00+00:00"
+    assert [planned[i]["path"] for i in (0, 1, 4)] == [done[i]["path"] for i in (0, 1, 4)]
+    assert run["exit_code"] == 3
+    counted = figures(total_succeeded=5, downloaded=2, failed_downloads=2, already_exists=1)
+    assert run["stats"] == counted
+    path = os.path.join("video_outputs", "picture_0.mp4")
+    assert list(done[0].values()) == [keys[0], "downloaded", path, 100_000, None, None]
+    assert (done[1]["size_bytes"], done[1]["error"]) == (len(WEBM), None)
+    assert "no MP4" in done[1]["warning"]
+    for number, reason in ((2, "HTTP 404"), (3, "video_url")):
+        assert (done[number]["status"], done[number]["path"]) == ("failed", None)
+        assert reason in done[number]["error"]
+    path = os.path.join("video_outputs", "picture_4.mp4")
+    assert list(done[4].values()) == [keys[4], "exists", path, 100_000, None, None]
 
 
 def flip_last_byte(video: Path) -> None:
@@ -3598,572 +2786,543 @@ def flip_last_byte(video: Path) -> None:
     video.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-def break_structure(video: Path) -> None:
-    """Cut the video, with metadata that knows neither its size nor its checksum."""
-    data = video.read_bytes()[:-5]
-    row = make_row(1, target_filename_stub=video.stem)
-    put_video(video.parent, row, data, size_bytes=None, sha256=None)
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "run again without --verify"),
+    "cut": (lambda video: os.truncate(video, 99_990), "99,990 bytes"),
+    "empty": (lambda video: os.truncate(video, 0), "0 bytes"),
+    "other": (flip_last_byte, "SHA-256"),
+}
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        pytest.param(Path.unlink, "is missing", id="missing"),
-        pytest.param(lambda video: os.truncate(video, 99_990), "99,990 bytes", id="cut"),
-        pytest.param(lambda video: os.truncate(video, 0), "is empty", id="empty"),
-        pytest.param(flip_last_byte, "SHA-256", id="same-size-other-bytes"),
-        pytest.param(break_structure, "cut short", id="cut-with-old-metadata"),
-        pytest.param(
-            lambda video: video.with_suffix(".json").write_text("{", encoding="utf-8"),
-            "metadata cannot be read",
-            id="unreadable-metadata",
-        ),
-    ],
-)
-def test_verify_names_each_problem(
-    tmp_path: Path, cdn: Cdn, damage: Callable[[Path], object], said: str
-) -> None:
-    videos = tmp_path / "video_outputs"
-    for row in serve(cdn, 3):
-        put_video(videos, row, make_mp4(row["task_id"]))
-    damage(videos / "picture_1.mp4")
+def test_verify_names_each_problem_and_what_to_do(tmp_path: Path, cdn: Cdn) -> None:
+    for number, (name, (damage, _)) in enumerate(DAMAGES.items()):
+        row = make_row(number, target_filename_stub=name)
+        damage(put_video(tmp_path / "video_outputs", row, make_mp4(number)))
+    old = make_row(8, target_filename_stub="old")
+    put_video(tmp_path / "video_outputs", old, make_mp4()[:-100], info={})
+    whole, never = (make_row(number, target_filename_stub="whole") for number in (9, 10))
+    put_video(tmp_path / "video_outputs", whole, make_mp4())
+    write_results(tmp_path, [whole, never])
     before = snapshot(tmp_path)
-    result = run_script(tmp_path, "--verify")
+    result = run_script(tmp_path, "--verify", "--all")
     assert result.returncode == 3
-    (line,) = [line for line in result.stdout.splitlines() if "❌" in line]
-    assert line.startswith("  ❌ picture_1.mp4: ")
-    assert said in line
+    said = {f"{name}.mp4": said for name, (_, said) in DAMAGES.items()}
+    said |= {"old.mp4": "cut short", f"whole_{make_task_id(10)[:8]}.mp4": "not been downloaded"}
+    failures = read_failures(result.stderr)
+    assert failures.keys() == said.keys()
+    assert not [name for name in said if said[name] not in failures[name]]
+    assert all("run again" in failure for failure in failures.values())
     assert snapshot(tmp_path) == before
     assert cdn.requests == []
 
 
-def test_verify_accepts_old_metadata_and_other_programs_files(tmp_path: Path) -> None:
+def test_verify_accepts_all_that_a_run_leaves_or_keeps(tmp_path: Path, cdn: Cdn) -> None:
     videos = tmp_path / "video_outputs"
-    put_video(videos, make_row(0), make_mp4(0), sha256=None)
-    put_video(videos, make_row(1), make_mp4(1), sha256=None, size_bytes=None)
-    (videos / "loose.mp4").write_bytes(b"a video without metadata is not checked")
-    (videos / "task_queue_20250617.json").write_text('{"tasks": []}', encoding="utf-8")
-    (videos / "list.json").write_text("[]", encoding="utf-8")
-    result = run_script(tmp_path, "--verify")
-    assert result.returncode == 0
-    assert result.stdout.strip() == "🔎 Verified: 2 whole, 0 with a problem"
-
-
-def test_verify_reads_in_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    both_read = threading.Barrier(2, timeout=30)
-    hash_file = dsv.hash_file
-
-    def hash_together(path: Path, stop: dsv.Stop) -> tuple[int, str]:
-        both_read.wait()
-        return hash_file(path, stop)
-
-    for number in range(2):
-        put_video(tmp_path / "video_outputs", make_row(number), make_mp4(number))
-    monkeypatch.setattr(dsv, "hash_file", hash_together)
-    monkeypatch.chdir(tmp_path)
-    assert dsv.main(["--verify", "--workers", "2"]) == 0
-
-
-@pytest.mark.parametrize("which", [("--all",), ("--polling-results-file", LATEST)], ids=" ".join)
-def test_verify_names_tasks_that_were_never_downloaded(
-    tmp_path: Path, which: tuple[str, ...]
-) -> None:
-    put_video(tmp_path / "video_outputs", make_row(0), make_mp4(0))
-    write_results(tmp_path, [make_row(0), make_row(1, target_filename_stub="picture_0")])
-    result = run_script(tmp_path, "--verify", *which)
-    assert result.returncode == 3
-    (line,) = [line for line in result.stdout.splitlines() if "❌" in line]
-    assert make_task_id(1)[:8] in line  # picture_0.mp4 is another task's, and whole
-    assert "not been downloaded" in line
-
-
-@pytest.mark.parametrize(
-    "task_ids", [("12345678-1", "12345678-2"), ("task-1", "task-2")], ids=["one-start", "no-uuid"]
-)
-def test_verify_of_all_shards_finds_what_they_downloaded(
-    tmp_path: Path, cdn: Cdn, task_ids: tuple[str, str]
-) -> None:
-    rows = [row | {"target_filename_stub": "same"} for row in serve(cdn, 3)]
-    rows[1]["task_id"], rows[2]["task_id"] = task_ids
+    rows = [make_row(0, video_url=cdn.add("0.mp4", WEBM)), make_row(1), make_row(2)]
     write_results(tmp_path, rows)
-    assert run_script(tmp_path).returncode == 0
-    results = [run_script(tmp_path, "--verify", "--all", "--shard", f"{k}/2") for k in (1, 2)]
-    assert [result.returncode for result in results] == [0, 0]
-    whole = [int(re.findall(r"Verified: (\d+) whole", result.stdout)[0]) for result in results]
-    assert sum(whole) == 3
+    put_video(videos, rows[1], make_mp4(1), info={})
+    renamed = put_video(videos, rows[2], make_mp4(2))
+    for path in (renamed, renamed.with_suffix(".json")):
+        path.rename(videos / f"mine{path.suffix}")
+    for _ in range(2):
+        assert run_script(tmp_path).returncode == 0
+    assert len(cdn.requests) == 1
+    lay_out(videos, {"loose.mp4": WHOLE, "odd.mp4": WHOLE, "odd.json": b"{", "queue.json": b"{}"})
+    for arguments in ([], ["--all"]):
+        result = run_script(tmp_path, "--verify", *arguments)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "🔎 Verified: 3 whole, 0 with a problem\n" in result.stdout
+        assert {"loose.mp4", "odd.mp4"} <= set(result.stdout.split())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "exit_code", "statuses"),
-    [
-        pytest.param((), 3, ["downloaded"] * 2 + ["failed"] * 2 + ["exists"], id="run"),
-        pytest.param(("--dry-run",), 3, ["pending"] * 3 + ["failed", "exists"], id="dry-run"),
-        pytest.param(("--verify",), 0, ["exists"], id="verify"),
-        pytest.param(("--verify", "--all"), 3, ["failed"] * 4 + ["exists"], id="verify-all"),
-        pytest.param(("--polling-results-file", "no.json"), 1, [], id="no-results-file"),
-        pytest.param(("--output-dir", LATEST), 1, [], id="output-dir-is-a-file"),
-        pytest.param(("--exec", "no-such-command"), 3, None, id="failing-command"),
-    ],
-)
-def test_json_prints_one_object_and_nothing_else(
-    tmp_path: Path, cdn: Cdn, arguments: tuple[str, ...], exit_code: int, statuses: Any
+def test_shards_part_the_tasks_by_stub_whatever_else_the_files_hold(
+    tmp_path: Path, cdn: Cdn
 ) -> None:
-    rows = make_mixed_directory(tmp_path, cdn)
-    result = run_script(tmp_path, "--json", *arguments)
-    report = json.loads(result.stdout)
-    assert result.returncode == exit_code
-    assert result.stderr
-    assert list(report["stats"]) == [
-        "total_succeeded", "downloaded", "failed_downloads", "already_exists"
-    ]  # fmt: skip
-    assert all({"task_id", "status", "path", "size_bytes", "error"} <= set(video)
-               for video in report["videos"])  # fmt: skip
-    order = {row["task_id"]: number for number, row in enumerate(rows)}
-    videos = sorted(report["videos"], key=lambda video: order[video["task_id"]])
-    if statuses is not None:
-        assert [video["status"] for video in videos] == statuses
-
-
-def test_json_tells_what_became_of_each_video(tmp_path: Path, cdn: Cdn) -> None:
-    rows = make_mixed_directory(tmp_path, cdn)
-    report = json.loads(run_script(tmp_path, "--json").stdout)
-    assert report["stats"] == {
-        "total_succeeded": 5,
-        "downloaded": 2,
-        "failed_downloads": 2,
-        "already_exists": 1,
-    }
-    videos = {video["task_id"]: video for video in report["videos"]}
-    saved = os.path.join("video_outputs", f"picture_0_{make_task_id(1)[:8]}.mp4")
-    assert videos[rows[1]["task_id"]] == {
-        "task_id": rows[1]["task_id"],
-        "status": "downloaded",
-        "path": saved,
-        "size_bytes": 100_000,
-        "error": None,
-    }
-    there = videos[rows[4]["task_id"]]
-    assert (there["status"], there["size_bytes"], there["error"]) == ("exists", 100_000, None)
-    assert "HTTP 404" in videos[rows[2]["task_id"]]["error"]
-    assert "video_url" in videos[rows[3]["task_id"]]["error"]
-
-
-@unix_only
-@pytest.mark.parametrize(
-    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
-)
-def test_json_prints_its_object_when_stopped(
-    tmp_path: Path, cdn: Cdn, number: int, exit_code: int
-) -> None:
-    rows = serve(cdn, 3)
-    rows[2]["video_url"] = cdn.add("2.mp4", make_mp4(2), Reply(send=50_000, ending="hang"))
-    write_results(tmp_path, rows)
-    process = start_script(tmp_path, "--json")
-    done = {tmp_path / "video_outputs" / f"picture_{number}.mp4" for number in (0, 1)}
-    wait_until(lambda: cdn.asked("2.mp4") and all(video.exists() for video in done))
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    report = json.loads(out)
-    assert process.returncode == exit_code
-    assert report["stats"]["downloaded"] == 2
-    assert {video["status"] for video in report["videos"]} == {"downloaded"}
-    assert "📊 DOWNLOAD STATISTICS" in err
-    assert "Traceback" not in err
-
-
-def test_shards_share_the_tasks_and_run_side_by_side(tmp_path: Path, cdn: Cdn) -> None:
-    rows = serve(cdn, 24, Reply(wait_s=60))
+    rows = serve(cdn, 16)
     for number, row in enumerate(rows):
         row["target_filename_stub"] = f"stub_{number % 8}"
-    for number in range(20, 24):  # stubs that are the names other tasks are to get
-        rows[number]["target_filename_stub"] = f"STUB_{number - 16}_{make_task_id(number - 8)[:8]}"
+    fewer = write_results(tmp_path, rows[::3], "20250101_000000")
     write_results(tmp_path, rows)
-    processes = [start_script(tmp_path, "--json", "--shard", f"{k}/4") for k in range(1, 5)]
-    wait_until(lambda: len(cdn.requests) >= len(rows))  # nobody waits for another part
-    cdn.released.set()
-    reports = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4
-    parts = [{video["task_id"] for video in report["videos"]} for report in reports]
+    parts = []
+    for shard in ("1/2", "2/2"):
+        options = ("--shard", shard, "--output-dir", shard[0])
+        some = run_json(tmp_path, *options, fewer.name, "--dry-run")["videos"]
+        parts.append(run_json(tmp_path, *options)["videos"])
+        assert some.keys() == parts[-1].keys() & {row["task_id"] for row in rows[::3]}
+        assert run_script(tmp_path, *options, "--verify", LATEST).returncode == 0
+    for first, second in zip(rows[:8], rows[8:], strict=True):  # of one stub
+        (owner,) = [part for part in parts if first["task_id"] in part]
+        assert second["task_id"] in owner
     assert all(parts)
-    assert sorted(key for part in parts for key in part) == sorted(row["task_id"] for row in rows)
-    paths = {video["task_id"]: video["path"] for report in reports for video in report["videos"]}
-    assert len({path.lower() for path in paths.values()}) == len(cdn.requests) == len(rows)
-    for number, row in enumerate(rows):
-        stub = Path(paths[row["task_id"]]).stem
-        assert_whole(tmp_path / "video_outputs", stub, row["task_id"], make_mp4(number))
+    assert len(cdn.requests) == sum(map(len, parts)) == len(rows)
+
+
+# --exec
 
 
 def make_recorder(directory: Path, code: str = "") -> str:
     """A command for --exec that appends its arguments to ``calls``, then does ``code``."""
     script = directory / "record it.py"
-    script.write_text(
-        "import json, sys\n"
-        f"open({str(directory / 'calls')!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n{code}",
-        encoding="utf-8",
-    )
-    return f"{shlex.quote(sys.executable)} {shlex.quote(str(script))} {{video}} --with={{metadata}}"
+    record = f"open({str(directory / 'calls')!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')"
+    script.write_text(f"import json, os, sys\n{record}\n{code}", encoding="utf-8")
+    return f"{PYTHON} {shlex.quote(str(script))} {{video}} --with={{metadata}}"
 
 
 def read_calls(directory: Path) -> list[list[str]]:
     return [json.loads(line) for line in (directory / "calls").read_text().splitlines()]
 
 
-def test_exec_hands_hostile_names_over_to_the_letter(tmp_path: Path, cdn: Cdn) -> None:
+def test_exec_hands_hostile_names_over_to_the_letter_without_the_key(
+    tmp_path: Path, cdn: Cdn
+) -> None:
     stubs = ["a b", "it's", "$(touch owned)", "`touch owned`", "; touch owned;", "&& touch owned",
              "$HOME", "-rf", "{metadata}", "{video}", "~", "%PATH%", "${IFS}", "é☃"]  # fmt: skip
-    rows = serve(cdn, len(stubs))
-    for row, stub in zip(rows, stubs, strict=True):
-        row["target_filename_stub"] = stub
+    rows = zip(serve(cdn, len(stubs)), stubs, strict=True)
+    write_results(tmp_path, [row | {"target_filename_stub": stub} for row, stub in rows])
+    command = make_recorder(tmp_path, "assert 'key' not in os.environ.values()")
+    result = run_script(tmp_path, "--exec", command, env={"RUNWAYML_API_SECRET": "key"})
+    assert (result.returncode, result.stderr) == (0, "")
+    paths = [tmp_path / "video_outputs" / stub for stub in stubs]
+    calls = [[f"{path}.mp4", f"--with={path}.json"] for path in paths]
+    assert sorted(read_calls(tmp_path)) == sorted(calls)
+    assert "owned" not in names_in(tmp_path) | names_in(tmp_path / "video_outputs")
+
+
+def test_exec_that_fails_is_said_and_done_again_until_it_succeeds(tmp_path: Path, cdn: Cdn) -> None:
+    videos, rows = tmp_path / "video_outputs", serve(cdn, 3)
+    put_video(videos, rows[0], make_mp4(0))  # what was there before is not new
+    lay_out(videos, {"picture_1.mp4": make_mp4(1)})  # nor is what is adopted
     write_results(tmp_path, rows)
-    result = run_script(tmp_path, "--exec", make_recorder(tmp_path))
-    assert result.returncode == 0
-    videos = tmp_path / "video_outputs"
-    assert sorted(read_calls(tmp_path)) == sorted(
-        [str(videos / f"{stub}.mp4"), f"--with={videos / stub}.json"] for stub in stubs
-    )
-    assert "owned" not in names_in(tmp_path) | names_in(videos)
-
-
-def test_exec_runs_once_for_each_new_video_only(tmp_path: Path, cdn: Cdn) -> None:
-    rows = make_mixed_directory(tmp_path, cdn)
-    (tmp_path / "video_outputs" / "picture_4.json").unlink()  # to be adopted: not new
-    for _ in range(2):
-        run_script(tmp_path, "--exec", make_recorder(tmp_path))
-    names = [Path(call[0]).name for call in read_calls(tmp_path)]
-    assert sorted(names) == ["picture_0.mp4", f"picture_0_{rows[1]['task_id'][:8]}.mp4"]
-
-
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        pytest.param("", "exit code 7", id="fails"),
-        pytest.param("no-such-command {video}", "no-such-command: No such file", id="missing"),
-        pytest.param("'' x {video}", None, id="refused"),
-    ],
-)
-def test_exec_that_fails_is_said_and_the_video_stays(
-    tmp_path: Path, cdn: Cdn, command: str, said: str | None
-) -> None:
-    write_results(tmp_path, serve(cdn, 2))
     failing = make_recorder(tmp_path, "print('why \x1b[2J it failed'); sys.exit(7)")
-    result = run_script(tmp_path, "--exec", command or failing)
-    if said is None:
-        assert result.returncode == 2
-        return
+    result = run_script(tmp_path, "--exec", failing)
     assert result.returncode == 3
-    block, _, tail = result.stdout.partition("📊 DOWNLOAD STATISTICS")
-    assert said in block
-    assert command or "     why ?[2J it failed\n" in block
-    for number in range(2):
-        assert re.search(rf"picture_{number}\.mp4: .+ — run it by hand", tail)
-        body = make_mp4(number)
-        assert_whole(tmp_path / "video_outputs", f"picture_{number}", make_task_id(number), body)
-    assert "Videos downloaded: 2" in tail
+    failure = read_failures(result.stderr)["picture_2.mp4"]
+    assert re.search(r"(?s)exit code 7.*why \?\[2J it failed.*run again with --exec", failure)
+    assert run_script(tmp_path).returncode == 0
+    video = run_json(tmp_path, "--exec", failing)["videos"][rows[2]["task_id"]]
+    assert video["path"] == os.path.join("video_outputs", "picture_2.mp4")
+    assert "exit code 7" in video["error"]
+    metadata = [json.loads((videos / "picture_2.json").read_bytes())]
+    for _ in range(2):
+        assert run_script(tmp_path, "--exec", make_recorder(tmp_path)).returncode == 0
+        metadata.append(json.loads((videos / "picture_2.json").read_bytes()))
+    assert [list(each.items())[-1] for each in metadata] == [
+        ("handed_over", done) for done in (False, True, True)
+    ]
+    assert [Path(call[0]).name for call in read_calls(tmp_path)] == ["picture_2.mp4"] * 3
+    assert len(cdn.asked("2.mp4")) == 1
 
 
 @unix_only
-def test_a_signal_ends_the_wait_for_a_pipe_that_nobody_writes_to(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "results.json")
-    process = start_script(tmp_path, "--polling-results-file", "results.json")
-    assert process.stdout
-    assert (
-        process.stdout.readline() + process.stdout.readline() == "\n📋 Processing: results.json\n"
-    )
-    process.terminate()
-    process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
+def test_exec_killed_with_the_run_is_done_by_the_next(tmp_path: Path, cdn: Cdn) -> None:
+    write_results(tmp_path, serve(cdn, 1))
+    kill = make_recorder(tmp_path, "os.kill(os.getppid(), 9)")
+    assert run_script(tmp_path, "--exec", kill).returncode == -signal.SIGKILL
+    for _ in range(2):
+        assert run_script(tmp_path, "--exec", make_recorder(tmp_path)).returncode == 0
+    assert len(read_calls(tmp_path)) == 2
+    assert len(cdn.requests) == 1
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_json_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
-    write_results(tmp_path, [])
-    with open("/dev/full", "wb") as full:
-        result = run_raw(tmp_path, "--json", stdout=full.fileno())
-    assert result.returncode == 1
-    assert b"the JSON could not be written" in result.stderr
+# --gallery
 
 
-@pytest.mark.parametrize("mode", [(), ("--dry-run",), ("--verify",)], ids=str)
-def test_a_broken_results_file_is_named_at_the_end_whatever_else_failed(
-    tmp_path: Path, cdn: Cdn, mode: tuple[str, ...]
+class Page(HTMLParser):
+    """The elements of a page in order, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def make_gallery(directory: Path, cdn: Cdn, texts: Sequence[str]) -> Page:
+    """The page of a run over new videos described by ``texts``, the last one the newest."""
+    fields = ("prompt", "seed", "theme", "target_filename_stub")
+    rows = zip(serve(cdn, len(texts)), texts, strict=True)
+    directory.mkdir()
+    write_results(directory, [row | dict.fromkeys(fields, text) for row, text in rows])
+    result = run_script(directory, "--gallery", "--workers", "1")
+    assert (result.returncode, result.stderr) == (0, "")
+    return Page(directory / "video_outputs" / "index.html")
+
+
+HOSTILE = ["</script><img src=x onerror=alert(1)>", "\"'><script>alert(1)</script>",
+           "</title></style><!-- &amp; {title} $title %s", "a/b #1 100% é?.mp4"]  # fmt: skip
+
+
+def test_gallery_shows_each_video_newest_first_and_what_is_known_of_it(
+    tmp_path: Path, cdn: Cdn
 ) -> None:
-    write_results(tmp_path, serve(cdn, 1, Reply(status=404)))
-    broken = write_results(tmp_path, [], "20250101_000000")
-    broken.write_text("{")
-    result = run_script(tmp_path, "--all", "--json", *mode)
-    assert result.returncode == 3
-    assert broken.name in json.loads(result.stdout)["error"]
-    assert broken.name in result.stderr.splitlines()[-1]
+    page = make_gallery(tmp_path / "a", cdn, HOSTILE)
+    plain = make_gallery(tmp_path / "b", cdn, "abcd")
+    shapes = [[(tag, *names) for tag, names in each.elements] for each in (page, plain)]
+    assert shapes[0] == shapes[1]  # nothing of a text has become an element
+    for text in [*HOSTILE, *(make_task_id(number)[:8] for number in range(4)), "0.10 MB"]:
+        assert text in page.text
+    assert f"{datetime.now():%Y-%m-}" in page.text
+    values = [value for _, names in page.elements for value in names.values() if value]
+    videos = tmp_path / "a" / "video_outputs"
+    files = [videos / unquote(value.partition("#")[0]) for value in values if len(value) < 200]
+    shown = dict.fromkeys(file for file in files if file.suffix == ".mp4" and file.is_file())
+    assert [file.read_bytes() for file in shown] == [make_mp4(number) for number in (3, 2, 1, 0)]
+    tags = Counter(tag for tag, _ in page.elements)
+    assert (tags["video"], tags["input"]) == (4, 1)
+    assert ("meta", {"name": "generator", "content": SCRIPT.stem}) in page.elements
+    assert "_jwt" not in page.source
+    assert not [value for value in values if re.match("(https?:)?//", value)]
 
 
-def test_of_many_results_files_the_rest_is_counted(tmp_path: Path) -> None:
-    for day in range(1, 15):
-        write_results(tmp_path, [make_row(day)], f"202501{day:02}_000000")
-    lines = run_script(tmp_path, "--all", "--dry-run").stdout.splitlines()
-    assert sum("📋 Processing" in line for line in lines) == 10
-    assert "  … and 4 more files" in lines
-
-
-def test_a_row_that_repeats_a_task_is_counted_once_and_said(tmp_path: Path) -> None:
-    write_results(tmp_path, [make_row(0), make_row(1), make_row(0)])
-    result = run_script(tmp_path, "--dry-run")
-    assert "  ℹ️ 1 rows repeat a task: counted once\n" in result.stdout
-    assert "Dry run: 2 to do" in result.stdout
-
-
-def test_options_go_together(tmp_path: Path, cdn: Cdn) -> None:
-    rows = serve(cdn, 8)
-    write_results(tmp_path, rows[:4], "20250617_000000")
-    write_results(tmp_path, rows[4:], "20250618_000000")
-    common = ("--all", "--json", "--output-dir", "out", "--exec", make_recorder(tmp_path))
-    for part in ("1/2", "2/2"):
-        assert run_script(tmp_path, *common, "--shard", part).returncode == 0
-    assert len(read_calls(tmp_path)) == len(cdn.requests) == 8
-    for mode in ("--dry-run", "--verify"):
-        result = run_script(tmp_path, *common, mode)
-        assert json.loads(result.stdout)["stats"]["already_exists"] == 8
-        assert result.returncode == 0
-    assert len(read_calls(tmp_path)) == len(cdn.requests) == 8
+def test_gallery_is_made_when_all_are_there_and_leaves_another_page_alone(
+    tmp_path: Path, cdn: Cdn
+) -> None:
+    make_gallery(tmp_path / "a", cdn, [])
+    write_results(tmp_path / "a", serve(cdn, 2))
+    for more in ([], ["--gallery"]):
+        assert run_script(tmp_path / "a", *more).returncode == 0
+    page = tmp_path / "a" / "video_outputs" / "index.html"
+    assert [tag for tag, _ in Page(page).elements].count("video") == 2
+    page.write_text("<title>mine</title>", encoding="utf-8")
+    result = run_script(tmp_path / "a", "--gallery")
+    assert page.read_text(encoding="utf-8") == "<title>mine</title>"
+    assert "index.html" in result.stdout + result.stderr
 
 
 # Options, exit codes, layout
 
+REFUSED = {
+    "1 to 64": ["--workers 0", "--workers 65", "--workers two", "--workers 1.5"],
+    "a number from ": ["--timeout 0", "--timeout -1", "--timeout nan", "--timeout soon"],
+    "a whole number from 0 to ": ["--retries -1", "--retries x"],
+    "K/N with K from 1 to N": ["--shard 0/4", "--shard 5/4", "--shard 1/0", "--shard x"],
+    "no such command": ["--exec ''", "--exec 'no-such-command {video}'"],
+    "No closing quotation": ['--exec "\'unbalanced {video}"'],
+    "{video}": [f"--exec '{PYTHON} {{vid}}'"],
+    "expected one argument": ["--polling-results-file"],
+    "one way of the three": ["--all a.json", "--all --polling-results-file a.json",
+                             "a.json --polling-results-file b.json"],
+    "not allowed with": ["--dry-run --verify"],
+    "--workers": ["--worker 3"],
+    "--dry-run": ["--dryrun"],
+    "--output-dir": ["--out-dir=x"],
+    "--gallery": ["a.json --galery"],
+    "--zzz": ["--zzz"],
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--workers", "0"),
-        ("--workers", "65"),
-        ("--workers", "x"),
-        ("--workers", "1.5"),
-        ("--timeout", "0"),
-        ("--timeout", "-1"),
-        ("--timeout", "nan"),
-        ("--timeout", "inf"),
-        ("--timeout", "soon"),
-        ("--retries", "-1"),
-        ("--retries", "x"),
-        ("--shard", "0/4"),
-        ("--shard", "5/4"),
-        ("--shard", "1/0"),
-        ("--shard", "-1/4"),
-        ("--shard", "x"),
-        ("--exec", ""),
-        ("--exec", "  "),
-        ("--exec", "curl 'unbalanced"),
-        ("--all", "--polling-results-file", LATEST),
-        ("--polling-results-file",),
-        ("--no-such-option",),
-        ("stray",),
-    ],
-    ids=" ".join,
+    ("line", "said"), [(line, said) for said, lines in REFUSED.items() for line in lines]
 )
-def test_impossible_arguments_are_refused(
-    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+def test_impossible_arguments_are_refused_with_what_is_possible(
+    capsys: pytest.CaptureFixture[str], line: str, said: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        dsv.main(arguments)
-    assert stopped.value.code == 2
+        dsv.main(shlex.split(line))
     out, err = capsys.readouterr()
-    assert out == ""
-    assert "error:" in err.splitlines()[-1]
-    assert arguments[0] in err.splitlines()[-1]
+    assert (stopped.value.code, out) == (2, "")
+    assert said in err.splitlines()[-1].partition("error:")[2]
 
 
 def test_help_and_version(tmp_path: Path) -> None:
     helped, version = (run_script(tmp_path, option) for option in ("--help", "--version"))
     assert helped.returncode == version.returncode == 0
     table = helped.stdout.partition("exit codes:")[2]
-    for code in ("0  ", "1  ", "2  ", "3  ", "130, 143  "):
-        assert f"\n  {code}" in table
-    for option in ("polling-results-file", "all", "output-dir", "workers", "timeout", "retries",
-                   "dry-run", "verify", "json", "shard", "exec", "version"):  # fmt: skip
-        assert f"--{option}" in helped.stdout
+    assert re.findall(r"\n  (\d[\d, ]*?)  ", table) == ["0", "1", "2", "3", "130, 143"]
+    assert set(re.findall("--[a-z-]+|examples:|RUNWAYML_API_SECRET", helped.stdout)) == {
+        "--polling-results-file", "--all", "--output-dir", "--workers", "--timeout", "--retries",
+        "--shard", "--exec", "--gallery", "--dry-run", "--verify", "--quiet", "--json", "--version",
+        "--help", "examples:", "RUNWAYML_API_SECRET",
+    }  # fmt: skip
     assert version.stdout.split() == ["download_succeeded_videos.py", dsv.__version__]
 
 
-@pytest.mark.parametrize(
-    ("rows", "exit_code"),
-    [
-        pytest.param([], 0, id="no-tasks"),
-        pytest.param([make_row(final_status="FAILED"), make_row(final_status=None)], 0, id="none"),
-        pytest.param([make_row(video_url=None)], 3, id="a-video-without-link"),
-    ],
-)
-def test_exit_code_without_a_download(tmp_path: Path, rows: list[Any], exit_code: int) -> None:
-    write_results(tmp_path, rows)
-    result = run_script(tmp_path)
-    assert result.returncode == exit_code
-    assert f"Failed downloads: {1 if exit_code else 0}\n" in result.stdout
-    if len(rows) == 2:
-        assert "1 FAILED, 1 still running" in result.stdout
-
-
-def test_an_unusable_output_directory_is_one_line(tmp_path: Path, cdn: Cdn) -> None:
+def test_a_file_as_output_directory_is_one_message_whatever_the_mode(
+    tmp_path: Path, cdn: Cdn
+) -> None:
     write_results(tmp_path, serve(cdn, 1))
-    (tmp_path / "blocked").write_bytes(b"a file")
-    result = run_script(tmp_path, "--output-dir", "blocked/below")
-    assert result.returncode == 1
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("❌")]
-    assert "blocked" in line
+    (tmp_path / "taken").write_text("mine")
+    said = set()
+    for mode in ([], ["-q"], ["--json"], ["--dry-run"], ["--verify"], ["--all", "--verify"]):
+        result = run_script(tmp_path, "--output-dir", "taken", *mode)
+        assert result.returncode == 1
+        said.add(result.stderr.splitlines()[-1])
+    assert len(said) == 1
+    assert said.pop().startswith("❌ the output directory taken cannot be used: ")
     assert cdn.requests == []
 
 
-def test_inline_metadata_names_the_requirements_to_run() -> None:
-    source = SCRIPT.read_text(encoding="utf-8")
-    block = re.search(r"(?m)^# /// script$\n((?:^#(?:| .*)$\n)+?)^# ///$", source)
-    assert block, "PEP 723"
-    fields = dict(re.findall(r"^# ([a-z-]+) = (.+)$", block[1], re.MULTILINE))
-    listed = (SCRIPT.parent / "requirements.txt").read_text(encoding="utf-8").split()
-    assert json.loads(fields["dependencies"]) == [
-        line for line in listed if line not in ("pytest", "responses")
-    ]
-    assert {"pytest", "responses"} < set(listed)
-    assert fields["requires-python"] == '">=3.10"'
+OLD_PYTHONS = ("python3.8", "python3.9")
 
 
-def test_script_copied_on_its_own_does_the_job(tmp_path: Path, cdn: Cdn) -> None:
-    copy = Path(shutil.copy(SCRIPT, tmp_path / "get.py"))
-    write_results(tmp_path, serve(cdn, 1))
-    assert run_raw(tmp_path, script=copy).returncode == 0
-    assert_whole(tmp_path / "video_outputs", "picture_0", make_task_id(0), make_mp4(0))
-    assert names_in(tmp_path) == {"get.py", LATEST, "video_outputs"}
-    assert names_in(tmp_path / "video_outputs") == {"picture_0.mp4", "picture_0.json"}
+def old_pythons() -> list[str]:
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = [*map(shutil.which, OLD_PYTHONS), *root.glob("versions/3.[89].*/bin/python")]
+    runs = [[str(python), "-c", ""] for python in found if python]
+    return [run[0] for run in runs if not subprocess.run(run, capture_output=True).returncode]
 
 
-def test_without_requests_one_line_says_what_to_install(tmp_path: Path) -> None:
-    write_results(tmp_path, [make_row()])
-    command = [sys.executable, "-S", str(SCRIPT)]  # -S: no site-packages
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
-    assert result.returncode == 1
-    assert b"the package requests is missing: pip install requests" in result.stdout
-    assert b"Traceback" not in result.stdout + result.stderr
+def test_what_is_missing_to_run_is_said_in_one_line(tmp_path: Path) -> None:
+    starts = [([sys.executable, "-S"], "the package requests is missing: pip install requests")]
+    starts += [([python], "Python 3.10 or later is needed") for python in old_pythons()]
+    for start, said in starts:
+        start.append(str(SCRIPT))
+        result = subprocess.run(start, cwd=tmp_path, capture_output=True, check=False)
+        (line,) = result.stderr.decode().splitlines()
+        assert said in line
+        assert (result.returncode, result.stdout) == (1, b"")
 
 
 def test_top_level_holds_only_the_five_entries() -> None:
     git = shutil.which("git")
     if not git or not (SCRIPT.parent / ".git").exists():
         pytest.skip("not a git checkout")
-    listing = subprocess.run(
-        [git, "-c", "safe.directory=*", "ls-files"], cwd=SCRIPT.parent, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    files = [Path(line) for line in listing.stdout.splitlines()]
-    assert {path.parts[0] for path in files if not path.parts[0].startswith(".")} <= {
-        "download_succeeded_videos.py",
-        "test_download_succeeded.py",
-        "requirements.txt",
-        "README.md",
-        "video_outputs",
+    command = [git, "-c", "safe.directory=*", "ls-files"]
+    files = subprocess.check_output(command, cwd=SCRIPT.parent, text=True).splitlines()
+    named = {file.split("/")[0] if "video_outputs" not in file else file for file in files}
+    assert {name for name in named if name[0] != "."} <= {
+        *("download_succeeded_videos.py", "test_download_succeeded.py"),
+        *("requirements.txt", "README.md", "video_outputs/.gitkeep"),
     }
-    assert [path for path in files if path.parts[0] == "video_outputs"] == [
-        Path("video_outputs/.gitkeep")
-    ]
 
 
 # --- The demo ---------------------------------------------------------------------------------
 
+# Dunes, a mountain at night, the sea, a city, a balloon, a planet: 2 s each, drawn and piped to
+# `ffmpeg -f rawvideo -s 320x180 -r 12 -pix_fmt rgb24 -i - -pix_fmt yuv420p -preset placebo -crf 44
+# -x264-params psy=0:aq-mode=0:bframes=7:qcomp=.9:chroma-qp-offset=2`, without metadata and SEI.
+CLIPS = """
+c-rlo1z1$u-tcFJE=lR`k{B9680nHwKtPc$>5}e}5>&zg89GEjI;50RKvX&uqy#}hkVc$uHZ$kF-gD25^WJ;Dd++nS^YCY{+N<NY
+{%dUz2*hgV?eFgB<>mqcK|sJ0B~VLWYf%?>aZwNm8_&hf%@+g$IlK5e*ns}*hqVd<;k^NYLBQXie&9b3^=rE#=x_cYsCbRMJuPpd
+%-6hco~DWQm$9MJ1^w-Gek)xt@UQOF%4uuk?S*<W+B$oA|LF}NUVO~EkRcZvM@y7})y3x5Wfwt-1<0`b)N;<j#@X{1A74is+n+-k
+q3mwzmaaC=wm=w&zl)=*9m+uE>v9_D&)MX(LHjY<c-q?iR19JtPiI!N86xB5ZRLzIS9^JT+58kH4`{T%QWZeK>p<!#gZeKH#M-Fv
+tj>;Beo#sA-)ab2Bog&s3KdETYy%=j&V%UeQP0OO-1Y2NqJT!h2L4&d=@t8dL3j?IN+~qh6;BQhfS0MPygf0sO16U*5UrQ@X^sDq
+L0S+H11c=4AV0eU^2GX2VX4q=_!xg;%oF>s*nbJf__IIcPrd7xa8$nv5BgO+WWNgkYx|$2%ZMt2^{>i6i+OsZ`~rTiSd=r6_<0aI
+5?z##q6BCKBb3miga#$lC^>@>eUy-+gajj6KiM@w=*$6Tc}#dzom#v7R3<6F&&S3a=*<!?wx>_v$M$p2MfG-1OLuqYpL+qmBYJq?
++j-iex;3_ni;X494kojWivlBeRwrM$Jqv0&9iq3Me8fJt-F-Jz!uICgH@%H0b}9CU`p#OBSWz7``xY#13<g>eVtHC{k{kgwF14~a
+cW$Y^UE?2Y;O3cn`?Fulc)XGvM&?47n^o4erXO-N_1ErlysNm^mN8vz5+s{rVC5ZnQ`-6bcGRLp*X`%z!iK%q#9hB(C8ualA=!yu
+xsJCObJPsBP--ZIM)~|0$Q5(9IjrR^Ct>}R&%es_D%4h=;KN4W;-eI;QSjDgO#F31g}u7V$^xL#-eA{yA-8jH5*v^<W%sHGvck^~
+&#~&BC3Si7-jzxvl=Ifuo%iLzn-Sl7c%#>ca)aYU*Vb)6gtDG+xPOf>zK~380*n<HoJ|Z#&vS;O97bDw-)co!0*;4gF>%j==^k&s
+o&3<pv|=*KosNBnQWh=EFRmtb8VjYqEWm7m56)4{t^x(ZfVPFfFY+QuSri4+!)`-z+Pd7mNQ2m7zl*LM_H*%=(?=6DzsYzSv!>_o
+t!!T#NvIciC!-++REQ@x8#E)dDDE71a+a?%>~^QG=pZUOB5;mnng9}#vvEcSn7CkYtH(%E?k`ItjR!)BudcgGyY99ws^?aCYp1Ob
+zdv4KdviS9wikS;LT38OnilAJ1~7PZp#pa4EAk6vbozNw*lLwVp|ZEhrjoBY`v-u>uI8$~8`Zm})?TuFxqRf1Kq+DWE15h|=VY2?
+>@msGv(}h5V>pRfMrn-XDq=-+wvK*|K>vp26jEpkBMI>5IaeO|T_E#X<kV{pNBK~KbGoSGkp#S}jGYPF94n;Dc|gaeKsl$Qogb`Q
+-+-&yZ=+lZ!8zSEnn*|h<6E??2daq#JJF?}Y&tM_U(xVHDiYh#miS|D=uHjRT9SH1j;`#7hRB7FietxMCQ~6=X5Q~ewl{+PJ&(Rz
+9_0SeFs*f?`>}ngdwCIMnB@d7Sj09^<eIKDFvegxA8Y!d!bpgxmKreN2*3zj$#^8X<xmzpRN`oh8Z3)|Yk2xC3-<lI5kH$Z3JiUP
+nFE<$TWP4>Ck)L~LdERvy%%#|e-dlDu;C7-ZB?_64;e5X3{SGK@Rr=gL&6?TS7|(RI87D73+;z;ci_<K$I+q_Qm^?XAyrtGX3_BU
+6btrU*=^FQ8vcT3>FrVv>MKYpHap--JkVW66$qyaW$EYYV<xbIshkZiS>Ow)*_a6S3koeTq1{h(6D2TUc_D@&9BcYzxjVo?tgPr{
+;{T^SGO(-!AQ|3iB=)CTNafq)+_{QWJ)gq5i(jyCG6!y|iy9U^&iXc>o<p6adBjv^TE)cE!C^nfdfF_Aa#T!M#4NxP_4k;A^xwc7
+=KmqgG5$v|NBBR<9I*c~=AhI=%kN^2rk|MOEV@_xqs;O5>}0=_J@Eg*c<}!>>;a4{Neoi}+@XMB2AQ9p<QR8KjGHE=PN*=P!GjVQ
+#{U-<0m5<p274&{tJvcmhCMt_*@M{x*&pjB2Ljm<4VT!B?nFB(xNmvT=iYsmZfDleWxhyBx8TVXE1FujJ}(r_eLb|?Kvtml^Ns1*
+{6weOM^ygh#HmCCwt?f=KfK&EmV9nLUFlnUlcAb1raNQC)by1;Xi79=QE`-KPK_}0_;o{+zlc1J8tL4V3x*OJ{i1YxJeq2V<_)+<
+&wB0qMlLcx-DCgmomyFQ4eTG%8IP_mOe7v&`#?$WuN`r)`sqrtQds5rc9*5@33bEj)T801bG#z$ayLwN?iH!T8#r~XA;_IA&n<jR
+>CZl~NDBY#br1F!roO1lR9)rfAj|1;V`CvKBG9M-|772@#%HaTn`v6=0jp?+{k5V24G^iV0G3;^o=`)wfKx=keJ}NRuj-IzF3L9x
+r@kS=uu9h_^R-=*maYm9^|@PBj?5BG2##W5c?ZOGT@Yp=K!%nzRj8lus?Bwn^06y>H}_h?Wh*RWm{gKN)(_RkR)Iws3WKxOBAHd#
+A*0!<Vy-I1(zwPCuf|&4wBA#NX@}MNomYzCUe<CrEY}zO>iUdzfJqU(0>es?`1!q(N25qGjm(qj5gsamchGRgRyxU#BC|1A@VD(B
+lJ}dggvRFRbI1Ltctf9>TUq>x_0@Og6UXDc##cYM!XW#J8D65(Wf+_}D}V$`=nljI5Pga>*!nkua3Xf2)OD_tzIJs>Aijt1R$xEI
+U)UnY{%lRDj=|vAWTMwKKb7oB$pB$P_F2&l=A;2ME=16vVzU&O2YM$A9$BaW>3bzGm6)`r1?{1V67}GeB82numJ??fDQ<FG7`{dl
+W%4*y;)<DR?Vo9T)AXGP9ZdlRia|coZlR+oEYc4JA4vE45vBCeDt`wLs*X9&`c9R5kd?aaXg#qsXo-lwr0R{kOm<0aCXvS;*0lzV
+EELM1qQQ#g7g&Esk1ky=mjVP=8#`cOiDiTLrSkiBU%oA?C+bwOYQ4n<Mh)7Yw}*zLK<vq*l|u@=ci8n_k<wk5Yu_RRGC~T=S*GZR
+3Uxpjtg~>G710YZ4vHMWaHcnCbin5V_y|IMxhh~>zIKDIYL-QEjZ$TDk4>4EfT4mT?$)5jJr+F^-Dw{J$kl6{cfu0zeD3pIB{40%
+YIXldV~dJC&^yRs2p)=4Fd`Vty`V#S@DkXSfDx)FU<2=0o~$cr!l%R0Ords)E<kQLU|H%#03$)D3EubzDqkV{%AG`=$ft>a$NHj^
+I+tVqF|c^Z!?GN6(#LPBDkC9NuL$!{jidQVS~W;UT#4$_&D*r!+!L5GO}@plzud8~9(ZAJ%s8Teb<177c(hbD;2BU6V8m?{eqg83
+OO7dWUFk&QSpwI|IaJZPb)Z1)evOR_4%l(>(KciJad^b&pK>iSubd^p!z6)sRD^zWDI&NW`{45A6<$G-%1gI4t@C!EvcwE8(0KL;
+3SbkKJ51dlUCI4G87G*4C7TVFHGqOpWn+jc{Ty3uBSCz}1&K-5PHlqDQ8BBfXswBV0Et-s4M^nrAA&?5{|F>X{U?z~|Gx~0sIk%V
+yO8L`Pe?@bx6$P9A<ZA{|1VX~u%MoL7}QC`gr)n*&h(QiCI;hw24hb`3BynRjz3`&(2FU41Cez9MTmrR8-qv;C`1Bv>}Ja>>o|9w
+j$AB|riE>RIja{<htsi&x-)cPWg2P8>zo(q6q8~QBi^_sy~zR9Xtt?^55r$+i#-qI<Fmc8xjzsqT={fa$EWRt7TePRiw9g1JMU()
+j@3A8B$6-1)J=+`NcZ_xL5XtW#a{E0_Na_|&T7Kp-8Qp=#8|0SJ%&t1c|-jlD11xH$;R@+6r66{f(T9dl38N=MrexR9BQkIyD*(2
+<x($*L!@ZUI9PUFditI9ygvy~{ASwZy6CerX~YhP_H+$FVnoFuHcaoZue2Otwc8v$ZSCDBJUEQa9QsnTVPtSMKAJ+jsq>-C%i*xs
+)CK2~DtGsBO<O*kxfw(fltUZpvW=y95|H*dEgTq5+NYWt!m5M2B+XBY{dTEked`!wKGsdrn}_nVu0e0bAI0hk7Hsww22yXt&X&{O
+l8MyNCULbhd}#ap^4;ltGfQpfPqykWr`W3+PZu>neM8g90#HO846ekBB;RN)reNXZcrV?|GWBveNt`-w=@uI-T6nF`Fr2PWm3J|w
++`pjr;F0_pec?2z$E~?iliv?J4zG^zB|1wg(q9;EYv7c2J|;Tr>p@yeejgeT``Z46OC|nN?5vQ+ve1O{>}0NoxioR6Pt|3^Re}#~
+d#qQLg~tvBK3Ofr#BO#c19Kx4EXV3B3;x5UKyHGV@V9uZmuEcyUEo=8PWb(JB!2ZQ1!1%BbB-|YcR0GX=#oS<3ShSUsFFl;4v(uL
+$z5OeFnL{>hrt+Q5L-Pfwadq{G|>tfUHsy1GMQ_au_`MJ?jCMde@zh>d`Std+aUp~bAYC4J}3lxcwFyG=ccp_R^jz0Df4Txv9Kp9
+)i3NfrAr+q6rLWfmN9o}mH#%$A{?W3(N#m5>xsh5d3nKaD|>tAQ=g734jvU=1r$4Uu$)4urZAGYR?6J-LR754Fy4V3y|ugAXLPQ+
+8saffL4Z~Wp^Fd!gZG_kVSpmArpDRJ(c!#@@Y6o7JSNBX#OqFL6-kwGHotB9`pTPy>-5rwD(XDB36Wg#AL=747_!>dtmIUU{7F0B
+w#=J}WD{r7FDqy#))o}FRj(e?(_AEyd3^Mcvh4<i*6cTe(B;Rij5R&M6xuNd!bjpHsrQl}u7uE_o8cq0AIgK|VuKcCxCggzJ`6pN
+p)pjx!5SK8F}kGx$@p!w`e=%Uuz`%6{EUv=XTN!WkYvJJ=8sk3`bkcB;l()&=Po=|oQYtc-fndp-!_qJuV#$zW^hu=U3}bZw1A)8
+D<&q}mSMN=8XUglg3uzKY^_!ONKoc1{{FHP4fU6)3H%5?`$fuXVW`z^dISDP`faRiBlk<jx=H>PLzP=aZDx!)Y_EX1|5O1b%Y!6j
+tPFWTRkNjA>ag2Y7>41wpQ`>Ry_79RFLf44q&#gqW>~SrF<o3NQ#SC(OG+`%(;AdBl;atmLrO#0bgy!qTvUBBK?G6rfRT1<_g!gw
+{sSCSNAZePeE$%_^W2X#9`9>N4pzEVc9`?)t9g~nu}j@Iv`Hl&1u*j$wH5AsaHCOXeAus5SJ(ffx*~kyv-%(uZqldkz{^&M17RWe
+;CnJ-7Gv}9JYFDs`s|Q_Q1E{H%6)c?&UC}ikBbGGUP$^~WM-oJ#6%5;I1GKRBYCi8gx6mgGQ_8%u<r&V0OtEMX!RB~#hj9o=0Bq1
+!gBln&vTIW{}7&&`~!FnJpa$}960a4jOW-2(ek@^j@J4w!v3#RNPVcMGKOc&QDTY`GmHQ%a|I=rQ6i108ekAAp+o~?2Hw@dbRGqa
+8(_YG61l(RBP_(fh>!3+FnrW?%14|K7VnHzG#-I1{H+9bQpEXal=udXxg%aNUrDy|+yUzq)_nzW)JN`aWX?0bKFn?qQY?x}Q*3aP
+24`HrAq(7)pnk+nb299@nB=~IFNNnj>eg{ZzemP!BUF0Su1spuE87SmMC`_Sq<<-Cw&Q8C4E|NU&-w522HniJq=VCf3sak4RToA+
+>5A%#^EbJMaBYWQJ`Qm@X;FP}c!+Oy6@F2KP4;6{p;30&#E+mFj^4aYGe)TkgJKj8ksF3sI*nm_EUJOT(?gB*%jf*X4t$6ob!Fq{
+&qv`uYbB@MK1aM?ibbUP^+ns6iA1^O#vkiQ+ZKrL`c6&w)iET}O(}2r<orHl3wPI|bI5cr|42XD1_xi4h|W(Uf7UnKb;+kX<g0^w
+7C)0$#)=G$O?{M7_t@F-*I3739=+O{3Orc`iFzS2*^wfsAMZ&Ff$Zq4PH%|2RzOliRO9+NtBAI4<~VT448Oa98Le2!UdF|b^;~wT
+2(@;)21z^7`c=rd^=vaGsaI^Yin;qvNEP0z+%DBzaFeJ4#BmZdwD~fNZ}DQat-kJxcRFfj$HPlY<i8{6?ROpMGcY)7O$P&Ab>zLT
+P#I0-Zn7I&_!R*cFTk4|D4(d`B9DLhwDuy>9K2P!GJCzlgMr$Gs-d@cbY)CBVYYJkOX=z20Eh8bF%S<0dv1CjlafBIyHO@P4*tTk
+XD88~KKg#)Xu9n9keqm)wx<wRstYIfoWSAaxVFY}%i@uZgnO57{oaMlJY+l4z-H$Qsg&N-mt3+B)yh!55gbo$Knr6EgIhkXBJtxy
+5U2PsD9xYQ88M7^0KHKP8T{r}6h38_sS+F&#y`>&ROISq#!1uH&aP8tdOw_|`SX>Ag&&^e$?sbAV0!E=hWV;KV-yi1`*V37Mr@xi
+-OdH(K^Q!OQvgX~Up`EvaI-5T%&CWRiS|Uy!L6#XCdAjR!d_Hp;nheLUt-uviZlba!@DTTkA{BQP2bM-Jjq?Sf3X6aF9Evd=KN|?
+aujE{BfqqM=#Y^B6|*r6o?isSY@hWxzxa8$;mMNi-C3Ejb{%kpWBK(+vVnnQX?ede83&RnxfeQXnH4Hi9%{{5%E6q?Lmn1=xUlax
+6&0^@$I7#?Kt4;WWw?hYHOt~xqoeM^38i4O-eG+{7-r{tQhD)<Wrr9EDerfkwXzn~iB?9RXlS&&xBD#nRTk?PGjTd~<A&K_{V_22
+K1FhR-@$mdLhj<q``*B3Y4_q*ygTnE=nywPL!X{5Mu$>pTvxA)Tr_bdmt*h7eP>Tz{91GLd0+9)v!@_WN(epuISm`|XPj8`#2DP}
+L<!ya4-eBy3pi(@8ee#QdFq^X=H%w5%m=_O5SE3F6G}2rePgd!Ufzj7)c9e&V##c7`mhTFC7&bwcErmG%`aZQVEYQ)S(1X%!(e1P
+P29x_DtL6Kb0)?4*n>+o4|}gejRQ-_jy>Ag0UFeWWpPG_lFTHea7arX_rjaSUaCK*d69=xM;TNxez;BM6cVQ~T%~k9Gn;?z8?q*2
+OxAM@Y5(?v9GB0X$=l2YW8aU4h%zV5Z|>m_Me`T~cL!iuDyVEWmUS`N9hkOGAfsL1iVycLq&Cf%DM}VRPe=(CG5=f;Y(HXeRAj^X
+$&Y!i^$?hdVOh4(q2wbwvXl=WKwn$cUMuKT(CR+$i@E`G81x%3V}AoXw26Dw8EW8hpc+|q<xz>l^>EXXP7{qdnQxiAo~7P#lV}ZH
+3@ZKlrB*zKhBG{4_q^=5z7gD&(MuKaIf}1QI5R%qx#R<T^n#Q9Ih%<szCzheErkIw|Ew1gj&Ok26ku7!sAj84jXRlhoT2lx?QmM|
+Bq#g|o9mXJ2}+V{KZ96)^XbL*TIATkOM2FEZyo8R5D^!Opy68=^xmBZ76cVoRv)TUX+zy~ADfrrzNmHpUDd1JB2x+C62>E~cBQw|
+DKXN)$!Y@&x%+#YQa+T>Q%b*<(#4pqI|0(gW0L+*S=-)+F3d`FD1iX3gPBo8BX+Z4xGyv;Lf5JBe1yP=%q|uyJ_mLDr%xbo#KkQ|
+?Y=6R$j`^B1TYQ+tKe;$BJ{L`j}uBX_BAFpNTRgGf<!rQ&Db@u@lK<l`P&3fm$L^QX`u1mP*0~ufwyZ1lH?wK&80*U(T<{OJ{jKK
+`M^@B0fX~Khf+d0N;G9~+(Mf^T)0N(#UO~KQS|uG%gGfdWIf4YL~2bq9{cT^5#edp7F;4TN9r3Sn|TLkW67V+Ml~e7^&m)&O#^CI
+4hGjiRSlG*6|3CZ2<Q9liFW@3Gxe$~LjB!=cOn&n+l>Rp_yV5p2yQRymTyKzeIvZ`<-|_PU0Aks9<7IVj1DFI`t`NHWgeE&h}x4U
+IrGxKh1S?td-6kmq-iBbMM5KF9_3P4zO2jZcjm|L4XHh|d{gOYpZc^y;qf@3#9T{S)0y5kpN8g@jY48~E4<UK<z?;fzU^9F9rPf_
+74z=7y*QOLzxS3vcl3R_Nm`?UqQm#nYv}wx0xDw=H{i?hlDg}e?Wknu?h0DYuDKfB==4#8K7A~8?E$rBi|3Qz+|3rUw~CUVJ~VbY
+s5q(vd@c)v51`6Fc&S5+L(|#Ek!Sqq;Kt>_<W5S9@6?djp!Y79XsN89DMC~CLg^@qluGAg*F49cdkvpy0VoCrUq_X`hU<WoE~Ug$
+FWbkkYOKLbPMMTHN-EP3-ZDmcmY|DKF76SfyU6_(KKi^wVRt3kb~e!eU9bDU>vezdK7f1`Eq~PYx<Ava{&Xb%dylmLp8wxW_xJ8k
+G%-iq#F#w?3FeBN0_J#I8}mM(by35ZDKT~#jF}wcE{i!P7r{I!|H$ig5t#jnD&~m$Aj`=H5e9UGvzfx7Ue{T3yvlz(*;uARp7;kx
+Nk*59TJ_d!f2u-;iX3(46X0rD3`TcI32v-kX!e4?2aSO6Z*4%_o<MWX7mUC!@xLOl!Efl5Zc3lWD<59*$*6)5lyqe=QtdJ&a3GYR
+?rJ!%?;A!d$w7<c0|F$LR>ty&5)Qw{2R)!VXq*Dm#7bVoT|OurmDPk8(wwPfd6N+FB0_8Ib=uSUyNkkmhaqnktTUciupivW%CWR(
+J3nkb&cC*MqFXxiKr{D73$xoZ6{u%S#QX<=?Y1Beg@;vLZ^j*s0{hR)%G}z2-%~K0YCFB?RCEZg*hx=owB>cdZq20@Usdy&B;&8R
+G1L}(+{CY9SOKl4A^bt5O`{;{ks?JoreOHEjpk{f_GgQhft6K+M_6YnM<=S5v9M~<$JT6ONFEapdCSD=HR}0*w4+Za!%JnLbc$k^
+>4tgOkGyBKtu4{YFGiYsjw$OMT@-(HA5R4azgUXo?S_g+EX=Ef)0CuQ=U5NZpV4$NsXb&Jq+pJT37F=Bsn!>B8?TTFLU+y@FxEXN
+#3tO`o|AF1yO~D)OrixiawLG|Sf-uD=%k3jIT2DQx)vU%-f2TGv5}{`R@&9Q2wjh<oR97rDfez$m27S~NjPka551cG;eD4uGa@q2
+H7t1_*=?R3vpak4+s;v@DEiE~plGK)70KgaAhge?0fCh}BdX@+&)MNC5q^#zDvP?Euvhp5(ZW1gUMBIu_ssQ>(NKVw)nV`+mZHaZ
+ki7SDSPyY;uD(mGy51qw=Cq?Mbmx|`Wep<6Tb_6Pf#eX5Z4u`~yNBw0RkZ`5x}nEgmI*j)j_>Oylbd|I@vG2k&Ls-qo*MR#gZ7rW
+vlXh6g1{by9E`xO(L_>jR@dJh)ww<04eZ^NU|D!v!xPG(y!Rs#+Dv065KdB9C;Hq4Zf~h<nCdS>K)AO#mgbR)IuY;F^ssJ$!p}|$
+&crya2MA2u^U$GX>kbM#O%uUQ(Jw2E#9qo7uNa|k2~3@2MIZU9q{kz12q}$>Bpl=X(b-VNWFzOH8ykcLeORBRajGEZtBXh|F#Q@Y
+{n;vRqSRoqh)lhSJWe;8i?(7%h8mBIdFN61m$(fRj(0>m)u)H+2nPy4rwdt6zh8KyetLe7h()Cd`IZKW)gJ*e2S&u9Qsm|{D?XB=
+H}_QQ5xod(tt4St@qludcMi!{Z6K5o7s)Sgr9HZ@LX{vOq9*gwO>glF_3S7z>68DHrGRJLR6W@%nWSW=*B=mNcQug^(_44GqO5|j
+tn#9rhC*Y3HNQvuDS9&r-vdocBpmjF=Y3bBS$UIa+8m+AK}-YoCE>v7I}r@gf484svIDKJMOD%|R1--&H~F3PxbtcFKcKjr`!@iK
+(0>T96#o&xqW@0<3;BN;u+Tn6%kKh~xSxQ96x{><8nAHw3=qHc6s*6zTlbrH>Hgk#1HThQAiymcLyRI65N6CBeIS$k!1%=+ECaB@
+jk)vBg!u-58so=_Ieb5ld7lFVGi1L3BBcK!5Wy8gg9xMtP?X+a!A<Poc-L{oa)A}7OE9*za+7Za;e^Tiej%r~P?tAOQ#6*Yy}sW0
+VGhD`YdW?97i`Pw$abBI`P{!e9i+;<Pc!(YgP{i7S$q5{d*tLS**8-5YgZ%-kR{1;c^NsfgCNldtH`a1{42(GAw&d@j9WD`DlJ&o
+D`;7oJLhOZ?#YO<C9=rXabCHz@!IV9Mk4RyZP_i~J@5(7M3*^)U;`_F(|>y7+I9o2Ec?0PizRR7iRUNtRH&pQC#^%y!`9er!yDwr
+rS;sFe5hPEKe-O11~q^*FI69yhis?M#*iJ!z6}j36`qq|T*IQiC0CWn<Iw5R-<2%ys%=6)3m$Nd%O}A(%c0+#-nM9+WW~L)^>}>B
+OG{joJH?JlmDy75`nBXFwX)h_=ITmq&D^|}opaD<1K*2YXLbWMChdC|58kXdGPhx7#h<0UZm&voJ;hS>LUQ@&mo|~n_eCDm8FwaW
+c$G=6I&Ie()cr6>3mzz6f4j}STt|cGh%k~=23xi5BA$cJi1a;gSb6ZIoT886hvGq>O*}ImOpEbm_E^DZzp}?^AMpFU`Sz{YBiNqi
+T*uw*Cc?7_CcJh}=i<Ow%NmFZN!Z=WgBo7nF_!PF!TdsHQ?UCwvXvTlb0rX3op+;p2L@|R$VWf0`!N}R&8N3YE6_Hd^6_n@qisty
+B%B)KZ<*0bh-YZNCB9FFWi4@GM$YE*m^p}@@|q{l4)>;ChV<HNS@>My@H2LZow~?GVC^MtMic@-%XM4=+B{c9E3{NyYhsA>mdJ*9
+M91sg_(<lanwV_xK2KC97j)$sRQV!VE^FM%hRM$?a=S*#94YA)zcy{(o)?YDS~Q@Li#n!z^=_CYvTpVk1e6&c*Kzrzn)zmuKl2Ch
+xMr>;zqLbQMOo&$ZX7<_WfrpakzQygND$bF>jSFd8^T>aw?^@^K~F{GsZJ`Zy8Zo(CR&<1IYeT^j(Q8dlcs8t8)5eLmI4HRVm<RS
+kB$?Uv&+&_K$OF3?#ZQv>4NdaM6YLP+aB%(O`fXV;4t0}sxMgkamlI+jVz#ayO-kU-Lw);-pOw&w@2(PiB#Ufrow7qKsXM$Hl!)R
+sf?eY-?I|zAivZWY|5nvRSFX{HOH<HHwPn;4;-^I4zgcg4ij=4NH{Va%-TWVlZHhwYY;sIrUh_Lc!mIyrB2G|>G92%F2>tAc(-j7
+W0`BhPjBeMV>nSDRFg52HPp~sw<I2Yv3zIj3xoI8^Mu38TlIm2qRYLj+caiF)4Ps$Bk2aTBULYYRf0~}eazPwSe|``bSK37+jvzB
+HdN5r4)-J(<BvvWz)Zpo&UxMtk0gF9yX?-!4NhX?CY_4=K@`PVXzoI2QX9;tb#)+Y!2=bN7o5{2i3+KksXd3JO1d8|y_csXNl?Un
+$Cy^#Bgbuc)?3!Y!fgCA`Yr<SSqJt^>I-AezWt^CLF}U-fR~}@gM6&Om+!LEq{*9?1)ztN>R8?BIfse_RkAG(gvgx*n{n*b?rFxL
+h5B$P4A{G|qrU*b3LI1%QXWINBoF>5R(BB8$uoBBqH+q!nBrMSe@oH>#2ti>Q+c*kx@EdT>hzKUychUhBourjH9kQr9w*p;ev-8n
+e>VK|dlmR9b9!q65~51zVjz`a&|*=hOAYu?zz}$+mmhJyr4EMBgLjIfPs@eiK_!86{KzC&`|9rdI(z2JgSn?woyA);JjO?Z#OfBj
+k=H|VVqY4c`3OO6ozGK(7t#Vu=#;Q5t(^2S^(yQ-8Ido~PUtjdWlldaLO7kKL^t=A7pEm;PY!Y~V=DA;n9-Y)J5gD{`MojNssNI}
+{NZaulT9juzcw9#R6L)1+IJAQspFA!d*aj~W$`ZWDeb^@+=7ZnmuG=_p9STc4){Ww1MXAQ>Fx8@>BYBC@l1Xt{6R5=t#P_zLBylV
+LswNdxfq7FCqOaw@c#!njSK|
+"""
 
-def demo_video(number: int) -> bytes:
-    return make_mp4(f"demo {number}", 900_000 + 20_000 * number)
+
+def demo_clips() -> list[bytes]:
+    """Return six small MP4 files (H.264, 320x180) that any browser plays."""
+    clips = zlib.decompress(base64.b85decode("".join(CLIPS.split())))
+    start = b"\0\0\0 ftyp"
+    return [start + rest for rest in clips.split(start)[1:]]
 
 
-def make_demo_rows(cdn: Cdn) -> list[dict[str, Any]]:
-    """What the poller leaves of a night: six videos, two of them under one stub, and the rest."""
-    names = ["elegant_business_classic_tt", "luxury_kitchen_marble", "luxury_kitchen_marble",
-             "sunset_terrace_drone", "garden_path_morning", "city_loft_evening"]  # fmt: skip
-    rows = [
-        make_row(
-            number,
-            image_path=f"video_queue/{name}_{number:02}_draft.png",
-            target_filename_stub=f"{name}_video",
-            video_url=make_jwt_link(f"{cdn.url}/{make_task_id(number)}.mp4", time.time() + 86400),
-        )
-        for number, name in enumerate(names)
-    ]
-    for number in range(len(names)):
-        cdn.add(f"{make_task_id(number)}.mp4", demo_video(number))
-    rows[0] |= {"seed": 42, "cluster_id": "c7", "theme": "elegant", "duration": 5}
-    lost = {"video_url": None, "failure_reason": "SAFETY.OUTPUT.THIRD_PARTY"}
-    return [
-        *rows,
-        make_row(6, final_status="FAILED", **lost),
-        make_row(7, final_status="CANCELLED", video_url=None),
-        make_row(8, final_status=None, video_url=None, completion_time=None),  # still running
-    ]
+def padded(clip: bytes, size_bytes: int) -> bytes:
+    """Return *clip* with a `free` box behind it, *size_bytes* in all: it plays the same."""
+    space = size_bytes - len(clip)
+    return clip + space.to_bytes(4, "big") + b"free" + bytes(space - 8)
 
 
-def demo() -> int:
-    """Run the script on a CDN of its own; the videos stay in ``video_outputs/``."""
-    with Cdn() as cdn, tempfile.TemporaryDirectory() as directory:
-        results = write_results(Path(directory), make_demo_rows(cdn))
-        print(
-            f"A small CDN runs at {cdn.url}, for as long as this takes; so does a results file.\n"
-        )
-        print(f"$ python {SCRIPT.name} --polling-results-file {results.name}", flush=True)
-        command = [sys.executable, str(SCRIPT), "--polling-results-file", str(results)]
-        environment = os.environ | {"NO_PROXY": "*"}
-        exit_code = subprocess.call(command, cwd=SCRIPT.parent, env=environment)
-    print(f"\nThe videos, each with its metadata, are in {SCRIPT.parent / 'video_outputs'}.")
-    print("Play one; open the .json beside it; run this again: all are there already.")
-    return exit_code
+DEMO_VIDEOS = [  # name, theme, prompt, clip
+    ("aurora_sky", "night", "green aurora over a frozen lake", 0),  # its link is dead
+    ("desert_dunes", "land", "low sun over the dunes, the camera drifts slowly", 0),
+    ("morning_balloon", "air", "a hot-air balloon rises over green hills", 4),
+    ("quiet_sea", "water", "sunset at sea, gentle waves, warm light", 2),
+    ("night_peak", "night", "a snowy peak by moonlight, clear sky", 1),
+    ("morning_balloon", "air", "a hot-air balloon rises over green hills, second take", 4),
+    ("city_dusk", "city", "skyline at dusk, the first windows light up", 3),
+    ("ringed_planet", "space", "a moon goes round a ringed planet", 5),
+]
 
 
-def test_demo_leaves_videos_and_metadata_like_real_ones(tmp_path: Path) -> None:
-    for source in (SCRIPT, Path(__file__)):
-        shutil.copy(source, tmp_path)
-    command = [sys.executable, str(tmp_path / Path(__file__).name), "--demo"]
-    for new, old in ((6, 0), (0, 6)):
-        result = subprocess.run(command, cwd=tmp_path, env=script_environment(),
-                                capture_output=True, encoding="utf-8", check=False)  # fmt: skip
-        assert (result.returncode, result.stderr) == (0, "")
-        assert f"downloaded: {new}\n⚠️ Already existed: {old}\n" in result.stdout
-        assert "1 FAILED, 1 CANCELLED, 1 still running" in result.stdout
-    with Cdn() as cdn:
-        rows = make_demo_rows(cdn)[:6]
-    names = [row["target_filename_stub"] for row in rows]
-    names[2] += f"_{make_task_id(2)[:8]}"
-    videos = tmp_path / "video_outputs"
-    assert names_in(videos) == {f"{name}{suffix}" for name in names for suffix in (".mp4", ".json")}
-    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
-        assert_whole(videos, name, make_task_id(number), demo_video(number))
-        assert_is_the_guides_metadata(videos / f"{name}.json", row, demo_video(number))
-
-
-def assert_is_the_guides_metadata(path: Path, row: dict[str, Any], body: bytes) -> None:
-    text = path.read_text(encoding="utf-8")
-    metadata = json.loads(text)
-    when, link = metadata["download_timestamp"], metadata["runway_task_json"]["video_url"]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", when)
-    assert re.fullmatch(rf"http://127\.0\.0\.1:\d+/{row['task_id']}\.mp4\?_jwt=[\w.-]+", link)
-    extras = ("cluster_id", "theme", "duration", "resolution")
-    expected = {
-        "video_file": f"{path.stem}.mp4",
-        "download_timestamp": when,
-        "input_path": row["image_path"],
-        "prompt": row["prompt"],
-        "seed": row.get("seed"),
-        "runway_task_json": {
-            "task_id": row["task_id"],
-            "final_status": "SUCCEEDED",
-            "completion_time": row["completion_time"],
-            "video_url": link,
-            "original_status": "PENDING",
-            "timestamp": row["timestamp"],
-            **{key: row[key] for key in extras if key in row},
-        },
-        "target_filename_stub": row["target_filename_stub"],
-        "file_info": {
-            "size_bytes": len(body),
-            "size_mb": round(len(body) / 1024**2, 2),
-            "sha256": hashlib.sha256(body).hexdigest(),
-        },
+def make_demo(cdn: Cdn, bytes_per_second: float) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The rows that the poller leaves of a night, and the videos of those that SUCCEEDED."""
+    slow = Reply(bytes_per_second=bytes_per_second)
+    faults = {
+        "aurora_sky": [Reply(status=403, body=b"<Error>AccessDenied</Error>")],
+        "quiet_sea": [Reply(send=550_000, bytes_per_second=bytes_per_second), slow],
+        "night_peak": [Reply(status=503, body=b"", headers={"Retry-After": "1"}), slow],
     }
-    assert text == json.dumps(expected, indent=2, ensure_ascii=False)  # keys in this order
+    now, clips = datetime.now(), demo_clips()
+    times = {"timestamp": now.isoformat(), "completion_time": now.isoformat()}
+    rows, bodies = [], []
+    for number, (name, theme, prompt, clip) in enumerate(DEMO_VIDEOS):
+        bodies.append(padded(clips[clip], 750_000 + 90_000 * (number * 3 % 5)))
+        file = f"{make_task_id(number)[:8]}.mp4"
+        cdn.add(file, bodies[-1], *faults.get(name, [slow]))
+        dies = now.timestamp() + (-3600 if name == "aurora_sky" else 86400)
+        more: dict[str, Any] = {
+            "image_path": f"video_queue/{name}_draft.png",
+            "target_filename_stub": f"{name}_video",
+            "video_url": make_jwt_link(f"{cdn.url}/{file}", dies),
+            "seed": 1000 + number,
+        }
+        rows.append(make_row(number, prompt=prompt, theme=theme, **more, **times))
+    others: list[dict[str, Any]] = [
+        {"final_status": "FAILED", "failure_reason": "SAFETY.OUTPUT.THIRD_PARTY"},
+        {"final_status": "CANCELLED"},
+        {"final_status": None, "completion_time": None},  # still running
+    ]
+    for number, other in enumerate(others, len(rows)):
+        rows.append(make_row(number, **times | {"video_url": None} | other))
+    return rows, bodies
+
+
+def demo(home: Path, bytes_per_second: float) -> int:
+    """Run the script in ``home`` on a CDN of its own; 0 if it ended as it is to."""
+    gallery = home / dsv.DEFAULT_OUTPUT_DIR / dsv.GALLERY_NAME
+    with Cdn() as cdn, tempfile.TemporaryDirectory() as directory:
+        rows, _ = make_demo(cdn, bytes_per_second)
+        results = write_results(Path(directory), rows, f"{datetime.now():%Y%m%d_%H%M%S}")
+        options = ["--workers", "3", "--gallery"]
+        print("A small CDN on this machine stands in for Runway's; its faults are on purpose.")
+        if (gallery.parent / f"{DEMO_VIDEOS[-1][0]}_video.mp4").exists():
+            print("Videos of an earlier demo are there: delete them to see it all again.")
+        print(f"\n$ python {SCRIPT.name} {shlex.join(options)} FILE", flush=True)
+        command = [sys.executable, str(SCRIPT), *options, str(results)]
+        exit_code = subprocess.call(command, cwd=home, env=script_environment())
+    if exit_code != dsv.EXIT_INCOMPLETE:
+        return exit_code
+    print("\nExit code 3 as planned: one link was dead. A rerun would ask for that alone.")
+    print(f"Now open the gallery: {gallery.as_uri()}")
+    return 0
+
+
+def test_demo_leaves_videos_with_metadata_and_a_gallery(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Cdn() as cdn:
+        _, bodies = make_demo(cdn, 0)
+    names = [f"{name}_video" for name, *_ in DEMO_VIDEOS]
+    names[5] += f"_{make_task_id(5)[:8]}"
+    videos = tmp_path / "video_outputs"
+    for new, old, said in ((7, 0, "Resumed at 0.5"), (0, 7, "an earlier demo")):
+        assert demo(tmp_path, bytes_per_second=1e8) == 0
+        out, err = capfd.readouterr()
+        assert f"downloaded: {new}\n⚠️ Already existed: {old}\n❌ Failed downloads: 1\n" in out
+        assert "1 FAILED, 1 CANCELLED, 1 still running" in out
+        assert said in out
+        assert {"403", "expired", "RUNWAYML_API_SECRET"} <= set(re.findall(r"\w+", err))
+        for number in range(1, 8):
+            assert_whole(videos, names[number], make_task_id(number), bodies[number])
+        files = {f"{name}{suffix}" for name in names[1:] for suffix in (".mp4", ".json")}
+        assert names_in(videos) == files | {dsv.GALLERY_NAME}
+        assert (videos / dsv.GALLERY_NAME).as_uri() in out
 
 
 def main(arguments: list[str]) -> int:
-    return demo() if arguments == ["--demo"] else int(pytest.main([__file__, *arguments]))
+    if arguments != ["--demo"]:
+        return int(pytest.main([__file__, *arguments]))
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the script
+    return demo(SCRIPT.parent, bytes_per_second=400_000)
 
 
 if __name__ == "__main__":
