@@ -1179,11 +1179,12 @@ class Transport:
         """
         raw, timeout_s, block = response.raw, self.timeout_s, bytearray()
         fault: TaskError | None = None
+        how = {"decode_content": "Content-Encoding" in response.headers}
         if hasattr(raw, "read1"):
-            pieces = iter(functools.partial(raw.read1, READ_BYTES, decode_content=True), b"")
+            pieces = iter(functools.partial(raw.read1, READ_BYTES, **how), b"")
         else:
             least = max(1, int(STALL_BYTES_PER_SECOND * timeout_s / 2))
-            pieces = raw.stream(min(READ_BYTES, least), decode_content=True)
+            pieces = raw.stream(min(READ_BYTES, least), **how)
         since, before = clock(), 0
         try:
             for piece in pieces:
@@ -1318,6 +1319,10 @@ class Outcome:
         return Path(self.file)
 
     @property
+    def name(self) -> str:
+        return os.path.basename(self.file)
+
+    @property
     def error(self) -> str:
         """One line: why it failed, and what the user can do; ``""`` when all is well."""
         return str(self.fault) if self.fault else ""
@@ -1325,7 +1330,7 @@ class Outcome:
     @property
     def label(self) -> str:
         """How a list names it."""
-        return f"{printable(self.path.name)} (task {shown_id(self.task_id)})"
+        return f"{printable(self.name)} (task {shown_id(self.task_id)})"
 
     def as_json(self) -> dict[str, Any]:
         entry = {
@@ -1671,7 +1676,7 @@ def run_command(template: Sequence[str], video: Path, metadata: Path) -> None:
 
 def outcome_lines(outcome: Outcome, number: str) -> list[str]:
     """The block of lines about one task; ``number`` is ``"k/N "`` or empty."""
-    name, size = printable(outcome.path.name), megabytes(outcome.size_bytes or 0)
+    name, size = printable(outcome.name), megabytes(outcome.size_bytes or 0)
     lines = ["", f"  {number}Task {shown_id(outcome.task_id)}"]
     if outcome.fault and outcome.status is Status.FAILED:
         return [*lines, *outcome.notes, f"  ❌ Failed: {name}: {outcome.fault.why}"]
@@ -1705,12 +1710,13 @@ def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
             for entry in entries
             if entry.name.endswith(".mp4") and entry.name[0] != "." and entry.is_file()
         }
-        new = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
+        new = [each.name for each in outcomes if each.status is Status.DOWNLOADED]
         names = list(dict.fromkeys([*filter(sizes.get, new), *sorted(sizes)]))
-        lines = [f"  • {printable(name)} ({megabytes(sizes[name])})" for name in names]
+        lines = [f"  • {printable(name)} ({megabytes(sizes[name])})" for name in names[:LISTED]]
+        if len(names) > LISTED:
+            lines.append(f"  … and {len(names) - LISTED:,} more")
         total = f"💾 Total storage used: {megabytes(sum(sizes.values()))}"
-        listed = shortened(lines, LISTED, "  … and {} more")
-        return ["", f"📁 Videos in {printable(directory)}:", *listed, "", total] if names else []
+        return ["", f"📁 Videos in {printable(directory)}:", *lines, "", total] if names else []
     return []
 
 
@@ -1894,11 +1900,13 @@ class Reporter:
         self._hidden = 0
 
     def tick(self, active: Sequence[Download], received: int, held: int) -> None:
-        """Show how far the run is, the most important part first."""
+        """Show how far the run is, the most important part first, a few times a second."""
         if held and not self._told_of_waiting:
             self._told_of_waiting = True
             self._console.say("", f"⏳ Waiting for {counted(held)} that another run has in hand")
         now, done = time.monotonic(), self.on_disk + self.failed
+        if now - self._samples[-1][0] < TICK_S:
+            return
         self._samples.append((now, received))
         since, before = self._samples[0]
         rate = (received - before) / max(now - since, 0.001)
