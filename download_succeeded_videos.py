@@ -1599,7 +1599,7 @@ class Download:
         try:  # what is there is replaced if it is empty, or as broken as it was a moment ago
             publish(part.path, path, replaces=file_bytes(path) == self.plan.size_bytes)
         except OSError:
-            if is_new:
+            if is_new and file_bytes(path) != info["size_bytes"]:  # else it describes that one
                 remove(metadata)
             raise
 
