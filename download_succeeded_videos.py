@@ -2121,14 +2121,15 @@ def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], lis
     found: list[Task] = []
     errors: list[str] = []
     for number, path in enumerate(paths):
+        if number < LISTED:
+            console.say("", f"📋 Processing: {printable(path.name)}")
         try:
             tasks, remarks = read_rows(read_results(path))
         except JobError as error:
-            tasks, remarks = [], ["ℹ️ It cannot be used, see below"]
             errors.append(str(error))
+            continue
         found += tasks
         if number < LISTED:
-            console.say("", f"📋 Processing: {printable(path.name)}")
             console.say(f"  ✅ Found {len(tasks)} SUCCEEDED tasks")
             console.say(*(f"  {remark}" for remark in remarks if remark[0] == "ℹ"))
         wrong = [f"  {remark}" for remark in remarks if remark[0] == "⚠"]
@@ -2195,7 +2196,8 @@ def verify(
                 console.show_progress([f"🔎 {number}/{len(shelf.names)}"])
                 outcomes.append(check_video(video, metadata))
     for plan in plan_all(tasks, shelf, {}):
-        if plan.task.key not in shelf.homes:
+        is_there = plan.action in (Action.ASK, Action.ADOPT)  # named below
+        if plan.task.key not in shelf.homes and not is_there:
             fault = TaskError("has not been downloaded", "run again without --verify")
             outcomes.append(outcome_of(plan, directory, Status.FAILED, fault=fault))
     if videos:
@@ -2221,7 +2223,8 @@ def check_video(video: Path, metadata: Mapping[str, Any]) -> Outcome:
         with disk_errors("read it"), open(video, "rb") as file:
             if size_bytes != wanted:
                 reason = "has another size than what was downloaded"
-                detail = f"{size_bytes:,} bytes, {printable(wanted)} were downloaded"
+                said = f"{wanted:,}" if isinstance(wanted, int) else printable(wanted)
+                detail = f"{size_bytes:,} bytes, {said} were downloaded"
             elif info.get("sha256") and size_bytes:
                 is_same = file_info(file)["sha256"] == info["sha256"]
                 reason = "" if is_same else "has another SHA-256 than what was downloaded"
