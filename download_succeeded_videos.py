@@ -43,11 +43,6 @@ import sys
 if sys.version_info < (3, 10):  # noqa: UP036 - 3.8 can read this far
     sys.exit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
-
 import argparse
 import base64
 import contextlib
@@ -64,8 +59,7 @@ import random
 import re
 import shlex
 import shutil
-import ssl
-import stat
+import signal
 import string
 import subprocess
 import tempfile
@@ -74,13 +68,12 @@ import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from enum import Enum
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import FrameType
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import quote, urlsplit
 
 try:
@@ -89,7 +82,6 @@ try:
     from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies
     from urllib3.util.retry import Retry
     from urllib3.util.ssl_ import create_urllib3_context
-    from urllib3.util.wait import wait_for_read
 except ImportError as missing:
     if __name__ != "__main__":
         raise
@@ -102,17 +94,18 @@ else:
 
 __version__ = "2.0.0"
 
+Object = Mapping[str, Any]  # of JSON
+
 DEFAULT_OUTPUT_DIR = "video_outputs"
-DEFAULT_WORKERS = 32
 MAX_WORKERS = 64
-DEFAULT_TIMEOUT_S = 30.0
-DEFAULT_RETRIES = 3
 
 BACKOFF_BASE_S = 0.5
 RETRY_AFTER_CAP_S = 60.0
 STILL_SERVING_S = 10.0
 STALL_BYTES_PER_SECOND = 1024
-READ_BYTES = 128 * 1024
+READ_BYTES = 64 * 1024
+TLS_RECORD_BYTES = 16 * 1024
+BLOCK_PIECES = 8
 BYTES_PER_MB = 1024 * 1024
 NAME_MAX_BYTES = 255
 NAME_TRIES = 10
@@ -125,9 +118,6 @@ LINK_SHOWN_CHARS = 50
 EXISTING_SHOWN = 3
 LISTED = 10
 NAMES_SHOWN = 20
-
-EXIT_CANNOT = 1
-EXIT_INCOMPLETE = 3
 
 RUNWAY_BASE_URL = "https://api.dev.runwayml.com"
 RESULTS_PREFIX = "runway_polling_results_"
@@ -151,14 +141,6 @@ class Cancelled(DownloaderError):
 
 class InOtherHands(DownloaderError):
     """Another run, or another thread, has this video in hand."""
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, whose ``number`` it is, reached the command line."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}, run again to go on")
-        self.number = number
 
 
 class TaskError(DownloaderError):
@@ -194,7 +176,7 @@ class LinkDead(TaskError):
     """There is no link that leads to the video, or the one there is was refused."""
 
 
-NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+NO_LINK = 'the row has no usable "video_url"'
 
 
 @contextlib.contextmanager
@@ -205,9 +187,8 @@ def disk_errors(action: str) -> Iterator[None]:
     except FileExistsError:
         raise  # somebody has taken a name, which is for the caller to settle
     except OSError as error:
-        if error.errno in NO_SPACE_ERRNOS:
-            message = f"no space left on the disk, could not {action}: make room, then run again"
-            raise JobError(message) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise JobError(f"no space left, could not {action}: make room, run again") from None
         reason = f"could not {action}: {error.strerror or type(error).__name__}"
         raise TaskError(reason, "look at the output directory, then run again") from None
 
@@ -217,18 +198,12 @@ def disk_errors(action: str) -> Iterator[None]:
 
 def printable(text: object) -> str:
     """``text`` with everything a terminal might obey instead of show replaced by ``?``."""
-    shown = str(text)
-    return shown if shown.isprintable() else re.sub("[^ -~]", _shown_char, shown)
-
-
-def _shown_char(match: re.Match[str]) -> str:
-    return match[0] if match[0].isprintable() else "?"
+    return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
 def link_without_query(link: str) -> str:
     """``link`` up to its query or fragment, and without user name and password."""
-    bare = re.split(r"[?#]", link, maxsplit=1)[0]
-    return re.sub(r"^([a-zA-Z]+://)[^/]*@", r"\1", bare)
+    return re.sub(r"^([a-zA-Z]+://)[^/]*@", r"\1", re.split(r"[?#]", link, maxsplit=1)[0])
 
 
 def shown_link(link: str) -> str:
@@ -240,8 +215,8 @@ def shown_id(task_id: str) -> str:
     return f"{printable(task_id[:8])}..." if task_id else "unknown"
 
 
-def utc_time(unix_seconds: float) -> datetime:
-    return datetime.fromtimestamp(unix_seconds, timezone.utc)
+def utc_text(unix_seconds: float) -> str:
+    return f"{datetime.fromtimestamp(unix_seconds, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def megabytes(size_bytes: float) -> str:
@@ -252,10 +227,10 @@ def counted(count: int) -> str:
     return "1 video" if count == 1 else f"{count:,} videos"
 
 
-def shortened(lines: Sequence[str], limit: int, more: str = "    … and {} more") -> list[str]:
-    """At most ``limit`` of ``lines``; what is left out is counted in ``more.format(count)``."""
+def shortened(lines: Sequence[str], limit: int) -> list[str]:
+    """At most ``limit`` of ``lines``; what is left out is counted."""
     left_out = len(lines) - limit
-    return list(lines) if left_out <= 0 else [*lines[:limit], more.format(f"{left_out:,}")]
+    return list(lines) if left_out <= 0 else [*lines[:limit], f"… and {left_out:,} more"]
 
 
 # --- Results files: which ones, and what is in them -------------------------------------------
@@ -265,32 +240,21 @@ _TIME_IN_NAME = re.compile(r"[0-9]{8}_[0-9]{6}")
 
 def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
     """The polling-results files in ``directories``, each once, latest first."""
-    found: dict[str, Path] = {}
-    for directory in directories:
-        with contextlib.suppress(OSError, ValueError):
-            for name in os.listdir(directory):
-                path = Path(directory, name) if name.startswith(RESULTS_PREFIX) else None
-                if path and path.suffix == ".json" and path.is_file():
-                    found.setdefault(os.path.realpath(path), path)
-    return latest_first(found.values())
+    found = (Path(each).glob(f"{RESULTS_PREFIX}*.json") for each in directories)
+    files = {os.path.realpath(path): path for path in itertools.chain(*found) if path.is_file()}
+    return sorted(files.values(), key=results_time, reverse=True)
 
 
-def latest_first(paths: Iterable[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: (results_time(path), path.name), reverse=True)
-
-
-def results_time(path: Path) -> datetime:
-    """When the results in ``path`` were saved, as naive local time.
+def results_time(path: Path) -> tuple[float, str]:
+    """Sorts results files: when they were saved, in Unix seconds, then by name.
 
     The time in the name counts, since a clone or copy makes all modification times equal;
     a name without one counts by its modification time.
     """
     for match in _TIME_IN_NAME.finditer(path.name):
         with contextlib.suppress(ValueError):
-            return datetime.strptime(match[0], "%Y%m%d_%H%M%S")
-    with contextlib.suppress(OSError, ValueError, OverflowError):
-        return datetime.fromtimestamp(path.stat().st_mtime)
-    return datetime.min
+            return datetime.strptime(match[0], "%Y%m%d_%H%M%S").timestamp(), path.name
+    return path.stat().st_mtime if path.exists() else 0.0, path.name
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -302,14 +266,8 @@ def read_results(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError as error:
-        reason = f"is not UTF-8 (byte {error.start})"
-    except json.JSONDecodeError as error:
-        reason = f"is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-    except RecursionError:
-        reason = "is nested too deeply"
-    except ValueError as error:
-        reason = f"cannot be read: {printable(error)}"
+    except (ValueError, RecursionError) as error:  # their texts tell line and column, or byte
+        reason = f"cannot be read as JSON in UTF-8: {printable(error)}"
     else:
         if isinstance(document, dict) and isinstance(document.get("task_results"), list):
             return document
@@ -325,8 +283,7 @@ TEXT_FIELDS = (*_MADE_FIELDS, "timestamp", "completion_time", "status")
 EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")
 _TEXT_OR_NONE = (str, type(None))
 _LINK = re.compile(  # [user@]host[:port], then path, query, fragment or nothing
-    r"https?://(?:[^/?#@]*@)?(?:\[[0-9a-f:.]+\]|[^/?#@:\[\]\\ ]+)(?::[0-9]{1,5})?(?:[/?#][^\\ ]*)?",
-    re.IGNORECASE,
+    r"(?i)https?://([^/?#@]*@)?(\[[0-9a-f:.]+\]|[^/?#@:\[\]\\ ]+)(:[0-9]{1,5})?([/?#][^\\ ]*)?"
 )
 
 
@@ -344,11 +301,10 @@ def link_expiry(link: str) -> float | None:
     token = re.search(r"[?&]_jwt=[^.&#]*\.([^.&#]+)", link)
     try:
         payload = token[1] + "=" * (-len(token[1]) % 4) if token else ""
-        expiry = json.loads(base64.urlsafe_b64decode(payload))["exp"]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        expiry = float(json.loads(base64.urlsafe_b64decode(payload))["exp"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    is_number = isinstance(expiry, (int, float)) and not isinstance(expiry, bool)
-    return float(expiry) if is_number and 0 < expiry < 253402300800 else None  # the year 10000
+    return expiry if 0 < expiry < 253402300800 else None  # the year 10000
 
 
 @dataclass(frozen=True)
@@ -362,7 +318,7 @@ class Task:
     stub: str
     link: str = field(repr=False)
     key: str = field(repr=False)
-    row: Mapping[str, Any] = field(repr=False)
+    row: Object = field(repr=False)
 
     @property
     def suffix(self) -> str:
@@ -370,53 +326,45 @@ class Task:
         return "_" + (safe_stub(self.task_id[:8]) or digest(self.key)[:8])
 
 
-def task_key(task_id: str, link: str) -> str:
+def row_key(row: Object) -> str:
     """Equal for two rows of the same task: its id; without one the link, query aside."""
-    if task_id:
+    if task_id := text_of(row, "task_id"):
         return f"id {task_id}"
+    link = usable_link(row.get("video_url"))
     return f"link {link_without_query(link)}" if link else ""
 
 
-def read_rows(results: Mapping[str, Any]) -> tuple[list[Task], list[str]]:
-    """The SUCCEEDED tasks of a results object, in order, and what is to be said of other rows."""
-    tasks: list[Task] = []
-    remarks: list[str] = []
-    others = Counter[str]()
+def read_rows(results: Object) -> tuple[list[Task], list[str], list[str]]:
+    """The SUCCEEDED tasks of a results object, in order; a line on others; what is wrong."""
+    tasks, wrong, others = list[Task](), list[str](), Counter[str]()
     rows = results.get("task_results")
     for number, row in enumerate(rows if isinstance(rows, list) else (), 1):
-        status = row.get("final_status") if isinstance(row, dict) else row
+        status = as_object(row).get("final_status")
         if not isinstance(row, dict) or not isinstance(status, _TEXT_OR_NONE):
-            what = '"final_status" is not text' if isinstance(row, dict) else "is not an object"
-            remarks.append(f"⚠️ Row {number}: {what}: passed over")
+            wrong.append(f"  ⚠️ Row {number}: no object with a text as final_status: passed over")
         elif status == "SUCCEEDED":
             tasks.append(task_from_row(row))
-            remarks += [f"⚠️ Row {number}: {wrong}" for wrong in wrong_fields(row)]
+            odd = [key for key in TEXT_FIELDS if not isinstance(row.get(key), _TEXT_OR_NONE)]
+            wrong += [f'  ⚠️ Row {number}: "{key}" is not text: not used' for key in odd]
         else:
             others[printable(status[:20]) if status else "still running"] += 1
-    if others:
-        counts = ", ".join(f"{count:,} {status}" for status, count in others.items())
-        remarks.insert(0, f"ℹ️ Not downloaded: {counts}")
-    return tasks, remarks
+    counts = ", ".join(f"{count:,} {status}" for status, count in others.items())
+    return tasks, [f"  ℹ️ Not downloaded: {counts}"] if counts else [], wrong
 
 
-def wrong_fields(row: Mapping[str, Any]) -> list[str]:
-    wrong = [key for key in TEXT_FIELDS if not isinstance(row.get(key), _TEXT_OR_NONE)]
-    return [f'"{key}" is not text: not used' for key in wrong]
-
-
-def task_from_row(row: Mapping[str, Any]) -> Task:
+def task_from_row(row: Object) -> Task:
     """The task of SUCCEEDED ``row``; a text field of another type counts as missing."""
     task_id, link = text_of(row, "task_id"), usable_link(row.get("video_url"))
     default = f"video_{task_id[:8] or 'unknown'}"
     stub = safe_stub(text_of(row, "target_filename_stub")) or safe_stub(default)
-    return Task(task_id, stub, link, task_key(task_id, link), row)
+    return Task(task_id, stub, link, row_key(row), row)
 
 
-def as_object(value: object) -> Mapping[str, Any]:
+def as_object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def text_of(row: Mapping[str, Any], key: str) -> str:
+def text_of(row: Object, key: str) -> str:
     value = row.get(key)
     return value if isinstance(value, str) else ""
 
@@ -463,9 +411,8 @@ def fit(stub: str, suffix: str = "") -> str:
 
 def stubs_with_id(task: Task) -> Iterator[str]:
     """The names for when its stub is somebody else's: with its id, then with a number, too."""
-    yield fit(task.stub, task.suffix)
-    for number in itertools.count(2):
-        yield fit(task.stub, f"{task.suffix}_{number}")
+    for number in itertools.count(1):
+        yield fit(task.stub, task.suffix + (f"_{number}" if number > 1 else ""))
 
 
 def fold(name: str) -> str:
@@ -479,9 +426,9 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def in_shard(stub: str, number: int, parts: int) -> bool:
-    """Whether ``stub`` is in the ``number``-th of ``parts`` parts, whatever else there is."""
-    return int(digest(fold(stub)), 16) % parts == number - 1
+def in_shard(stub: str, shard: tuple[int, int]) -> bool:
+    """Whether ``stub`` is in the K-th of N parts, ``shard`` being K and N, whatever else is."""
+    return int(digest(fold(stub)), 16) % shard[1] == shard[0] - 1
 
 
 # --- What a file is, by its bytes (ISO/IEC 14496-12) ------------------------------------------
@@ -497,14 +444,11 @@ class Content(Enum):
     ZEROS = "empty, or nothing but zero bytes"
     TEXT = "text, not a video"
 
-    @property
-    def is_video(self) -> bool:
-        """Whether it may be one: what came whole is kept, since its link dies."""
-        return self in (Content.WHOLE, Content.SURPLUS, Content.OTHER)
 
+KEPT = {Content.WHOLE, Content.SURPLUS, Content.OTHER}  # what came whole, since its link dies
 
 _BOXES = b"ftyp styp moov moof mdat free skip wide pnot meta uuid sidx mfra pdin udta emsg".split()
-_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+_TEXT = re.compile(rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z")  # or UTF-16
 
 
 def inspect(file: BinaryIO, size_bytes: int) -> Content:
@@ -512,14 +456,12 @@ def inspect(file: BinaryIO, size_bytes: int) -> Content:
     file.seek(0)
     start = file.read(READ_BYTES)
     if not start.strip(b"\0"):
-        rest = iter(functools.partial(file.read, READ_BYTES), b"")
-        return Content.OTHER if any(block.strip(b"\0") for block in rest) else Content.ZEROS
+        return Content.ZEROS
+    if len(start) < 8:  # no head of a box, or of any other container
+        return Content.CUT if start[:3] == b"\0\0\0" else Content.TEXT
     if start[4:8] in _BOXES:
         return walk_boxes(file, size_bytes)
-    if size_bytes < 8:  # no head of a box, or of any other container
-        return Content.CUT if start[:3] == b"\0\0\0" else Content.TEXT
-    is_text = start[:2] in (b"\xff\xfe", b"\xfe\xff") or not _BINARY.search(start)
-    return Content.TEXT if is_text else Content.OTHER
+    return Content.TEXT if _TEXT.match(start) else Content.OTHER
 
 
 def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
@@ -542,40 +484,40 @@ def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
     return Content.WHOLE
 
 
-def file_info(file: BinaryIO) -> dict[str, Any]:
-    """What the metadata says of the video's file, read in constant memory."""
+def hash_file(file: BinaryIO) -> hashlib._Hash:
+    """The SHA-256 of all of ``file``, read in constant memory."""
     sha256 = hashlib.sha256()
     file.seek(0)
     while block := file.read(READ_BYTES):
         sha256.update(block)
-    size, size_mb = file.tell(), round(file.tell() / BYTES_PER_MB, 2)
-    return {"size_bytes": size, "size_mb": size_mb, "sha256": sha256.hexdigest()}
+    return sha256
+
+
+def file_info(file: BinaryIO, sha256: hashlib._Hash | None = None) -> dict[str, Any]:
+    """What the metadata says of the video's ``file``, whose ``sha256`` may be known."""
+    size = os.fstat(file.fileno()).st_size
+    checksum = (sha256 or hash_file(file)).hexdigest()
+    return {"size_bytes": size, "size_mb": round(size / BYTES_PER_MB, 2), "sha256": checksum}
 
 
 # --- Metadata: <stub>.json --------------------------------------------------------------------
 
 
-def build_metadata(
-    task: Task, video_name: str, info: Mapping[str, Any], now: datetime
-) -> dict[str, Any]:
+def build_metadata(task: Task, video_name: str, info: Object, now: datetime) -> dict[str, Any]:
     """What ``<stub>.json`` holds; ``now`` in naive local time, as the poller writes it."""
-    row = {key: value for key, value in task.row.items() if is_json(value)}
-    runway_task = {
-        "task_id": task.task_id,
-        "final_status": text_of(row, "final_status"),
-        "completion_time": text_of(row, "completion_time"),
-        "video_url": text_of(row, "video_url"),
-        "original_status": text_of(row, "status"),
-        "timestamp": text_of(row, "timestamp"),
-    }
+    row = task.row
+    texts = {key: text_of(row, key) for key in (*TEXT_FIELDS, "final_status", "video_url")}
+    told = {key: texts[key] for key in ("task_id", "final_status", "completion_time", "video_url")}
+    told |= {"original_status": texts["status"], "timestamp": texts["timestamp"]}
+    told |= {key: row[key] for key in EXTRA_FIELDS if key in row and is_json(row[key])}
     return {
         "video_file": video_name,
         "download_timestamp": now.isoformat(timespec="microseconds"),
-        "input_path": text_of(row, "image_path"),
-        "prompt": text_of(row, "prompt"),
-        "seed": row.get("seed"),
-        "runway_task_json": runway_task | {key: row[key] for key in EXTRA_FIELDS if key in row},
-        "target_filename_stub": text_of(row, "target_filename_stub"),
+        "input_path": texts["image_path"],
+        "prompt": texts["prompt"],
+        "seed": row.get("seed") if is_json(row.get("seed")) else None,
+        "runway_task_json": told,
+        "target_filename_stub": texts["target_filename_stub"],
         "file_info": info,
     }
 
@@ -589,7 +531,7 @@ def is_json(value: object) -> bool:
     return True
 
 
-def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
+def encode_metadata(metadata: Object) -> bytes:
     """``metadata`` as JSON in UTF-8, readable as it is; only lone surrogates are escaped."""
     text = json.dumps(metadata, indent=2, ensure_ascii=False)
     return re.sub(r"[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text).encode()
@@ -597,40 +539,30 @@ def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The object in ``path``; empty for what cannot be read or is not ours to understand."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         if os.path.isfile(path):  # a pipe would keep us waiting
             with open(path, "rb", buffering=0) as file:
-                document = json.loads(file.read())
-            return document if isinstance(document, dict) else {}
-    except (OSError, ValueError, RecursionError):
-        pass
+                return as_object(json.loads(file.read()))
     return {}
 
 
-def metadata_task(metadata: Mapping[str, Any]) -> tuple[str, str]:
-    """The id and the key of the task that ``metadata`` names, ``""`` if it names none."""
-    runway_task = as_object(metadata.get("runway_task_json"))
-    task_id = text_of(runway_task, "task_id")
-    link = "" if task_id else usable_link(runway_task.get("video_url"))
-    return task_id, task_key(task_id, link)
+def owner_key(metadata: Object) -> str:
+    """The key of the task that ``metadata`` is about, ``""`` if it names none."""
+    return row_key(as_object(metadata.get("runway_task_json")))
 
 
-def put_metadata(
-    path: Path, task: Task, video_name: str, info: Mapping[str, Any], hand_over: bool = False
-) -> bool:
-    """Have ``path`` describe the video; whether it was not there before.
+def put_metadata(path: Path, task: Task, name: str, info: Object, is_due: bool = False) -> bool:
+    """Have ``path`` describe the video ``name``; whether it was not there before.
 
     What is there and does so is left as it is. Raises FileExistsError for a file that is
     another task's or another program's.
     """
     there = read_metadata(path)
-    is_ours = metadata_task(there)[1] == task.key != ""
-    if os.path.lexists(path) and not is_ours:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-    if is_ours and there.get("file_info") == info and not hand_over:
+    is_ours = owner_key(there) == task.key != ""
+    if is_ours and there.get("file_info") == info and not is_due:
         return False
-    metadata = build_metadata(task, video_name, info, datetime.now())
-    if hand_over or there.get("handed_over") is False:
+    metadata = build_metadata(task, name, info, datetime.now())
+    if is_due or there.get("handed_over") is False:
         metadata["handed_over"] = False
     write_whole(path, encode_metadata(metadata), task.key, replaces=is_ours)
     return not is_ours
@@ -641,8 +573,8 @@ def write_whole(path: Path, data: bytes, key: str, replaces: bool) -> None:
 
     Raises FileExistsError unless it ``replaces`` what is there.
     """
-    hidden = hidden_path(path.parent, key)  # a name of its own, as there may be no locks
-    temporary = hidden.with_suffix(f".{random.getrandbits(32):08x}.tmp")
+    # a name of its own, as there may be no locks
+    temporary = hidden_path(path.parent, key).with_suffix(f".{random.getrandbits(32):08x}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -659,15 +591,16 @@ def publish(hidden: Path, final: Path, replaces: bool) -> None:
     As a second link, unless it ``replaces`` what is there or the file system has none: then
     it is renamed, a moment after a look.
     """
-    if not replaces:
-        try:
-            return os.link(hidden, final)
-        except FileExistsError:
-            raise
-        except (OSError, NotImplementedError):
-            if os.path.lexists(final):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-    return os.replace(hidden, final)
+    if replaces:
+        return os.replace(hidden, final)
+    try:
+        return os.link(hidden, final)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        return os.replace(hidden, final)
 
 
 def hidden_path(directory: Path, key: str) -> Path:
@@ -696,13 +629,13 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do for ``task``, under the name ``stub``.
+    """What to do for ``task``, whose video is to have the name ``path``.
 
     ``size_bytes`` is of the file that is there, ``holder`` says who has the wanted name.
     """
 
     task: Task
-    stub: str
+    path: Path
     action: Action
     size_bytes: int = 0
     holder: str = ""
@@ -735,57 +668,50 @@ class Shelf:
         for name in names:
             spellings.setdefault(fold(name), []).append(name)
             if name.endswith(".json") and not name.startswith((".", RESULTS_PREFIX)):
-                _, key = metadata_task(read_metadata(f"{directory}{os.sep}{name}"))
+                key = owner_key(read_metadata(f"{directory}{os.sep}{name}"))
                 if key and (key not in homes or not file_bytes(directory / f"{homes[key]}.mp4")):
                     homes[key] = name.removesuffix(".json")
         return cls(directory, names, homes, spellings)
 
-    def look(self, stub: str, key: str) -> tuple[Action, int, str]:
-        """What can be done for the task ``key`` under ``stub``; the bytes there; who has it."""
-        for name in (f"{stub}.json", f"{stub}.mp4"):
+    def look(self, task: Task, stub: str) -> Plan:
+        """What can be done for ``task`` under the name ``stub`` as things are now."""
+        path, metadata = self.directory / f"{stub}.mp4", self.directory / f"{stub}.json"
+        leave = functools.partial(Plan, task, path, Action.LEAVE, 0)
+        for name in (metadata.name, path.name):
             for other in self.spellings.get(fold(name), ()):
                 if other != name:
-                    return Action.LEAVE, 0, f"{other} differs in case or Unicode form alone"
-        path = f"{self.directory}{os.sep}{stub}"
-        size = file_bytes(f"{path}.mp4")
-        if size is None and os.path.lexists(f"{path}.mp4"):
-            return Action.LEAVE, 0, f"{stub}.mp4 is no file"
-        if os.path.lexists(f"{path}.json"):
-            _, owner = metadata_task(read_metadata(f"{path}.json"))
-            if owner == key != "":
-                return (Action.KEEP, size, "") if size else (Action.REFILL, 0, "")
+                    return leave(f"{other} differs in case or Unicode form alone")
+        size = file_bytes(path)
+        if size is None and os.path.lexists(path):
+            return leave(f"{path.name} is no file")
+        if os.path.lexists(metadata):
+            owner = owner_key(read_metadata(metadata))
+            if owner == task.key != "":
+                return Plan(task, path, Action.KEEP if size else Action.REFILL, size or 0)
             if not owner:
-                return Action.LEAVE, 0, f"{stub}.json is another program's file"
-            return Action.LEAVE, 0, f"{stub}{'.json' if size is None else '.mp4'} is another task's"
+                return leave(f"{metadata.name} is another program's file")
+            return leave(f"{(metadata if size is None else path).name} is another task's")
         if size is None:
-            return Action.DOWNLOAD, 0, ""
+            return Plan(task, path, Action.DOWNLOAD)
         try:
-            with open(f"{path}.mp4", "rb") as file:
-                action = Action.ASK if inspect(file, size).is_video else Action.DOWNLOAD
+            with open(path, "rb") as file:
+                action = Action.ASK if inspect(file, size) in KEPT else Action.DOWNLOAD
         except OSError as error:
-            return Action.LEAVE, 0, f"{stub}.mp4 cannot be read: {error.strerror}"
-        return action, size, f"{stub}.mp4 is another video"
+            return leave(f"{path.name} cannot be read: {error.strerror}")
+        return Plan(task, path, action, size, f"{path.name} is another video")
 
 
 def file_bytes(path: str | Path) -> int | None:
     """The size of the file ``path``; ``None`` when it is not there or no regular file."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+    with contextlib.suppress(OSError, ValueError):
+        return os.stat(path).st_size if os.path.isfile(path) else None
+    return None
 
 
 def directory_error(directory: Path, error: OSError | ValueError) -> JobError:
-    reason = getattr(error, "strerror", None) or "not a usable name"
-    if getattr(error, "errno", None) in NO_SPACE_ERRNOS:
-        reason = "no space left on its disk"
-    if isinstance(error, FileExistsError):
-        reason = os.strerror(errno.ENOTDIR)  # as all other ways to use a file say
-    hint = "mend that, or choose another with --output-dir"
-    return JobError(
-        f"the output directory {printable(directory)} cannot be used: {reason} — {hint}"
-    )
+    reason = str(getattr(error, "strerror", None) or error).lower()
+    what = f"the output directory {printable(directory)} cannot be used: {reason}"
+    return JobError(f"{what} — mend that, or choose another with --output-dir")
 
 
 def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str], in_hand: bool = False) -> Plan:
@@ -799,35 +725,32 @@ def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str], in_hand: boo
     home = shelf.homes.get(task.key, task.stub)
     best, holder = None, ""
     for stub in itertools.chain(dict.fromkeys((home, task.stub)), stubs_with_id(task)):
-        action, size, held_by = shelf.look(stub, task.key)
-        has_id = task.suffix in stub
+        plan, has_id = shelf.look(task, stub), task.suffix in stub
         if claimed.get(fold(stub), task.key) != task.key:
-            action, held_by = Action.LEAVE, f"{stub}.mp4 is another task's"
-        if action is Action.ASK and (has_id or in_hand):
-            action = Action.LEAVE if in_hand else Action.ADOPT
-        if action in (Action.KEEP, Action.REFILL, Action.ADOPT):
-            return Plan(task, stub, action, size)
-        if action is Action.LEAVE:
-            holder = holder or held_by
+            plan = replace(plan, action=Action.LEAVE, holder=f"{stub}.mp4 is another task's")
+        elif plan.action is Action.ASK and (has_id or in_hand):
+            plan = replace(plan, action=Action.LEAVE if in_hand else Action.ADOPT)
+        if plan.action in (Action.KEEP, Action.REFILL, Action.ADOPT):
+            return plan
+        if plan.action is Action.LEAVE:
+            holder = holder or plan.holder
         elif best is None:
-            best = Plan(task, stub, action, size, holder)
-        if best and has_id and action is Action.DOWNLOAD and size == 0:
-            break
-    assert best  # the numbers never run out
-    return best
+            best = replace(plan, holder=holder)
+        if best and has_id and plan.action is Action.DOWNLOAD and plan.size_bytes == 0:
+            return best
+    raise AssertionError("the numbers never run out")
 
 
 def plan_all(tasks: Iterable[Task], shelf: Shelf, claimed: dict[str, str]) -> list[Plan]:
     """Plan ``tasks`` in order, so that a rerun gives each the same name; adds to ``claimed``."""
     plans = []
     for task in tasks:
-        home = shelf.homes.get(task.key)
-        size = file_bytes(f"{shelf.directory}{os.sep}{home}.mp4") if home else 0
-        if home and size:
+        home = shelf.directory / f"{shelf.homes.get(task.key)}.mp4"
+        if task.key in shelf.homes and (size := file_bytes(home)):
             plans.append(Plan(task, home, Action.KEEP, size))
         else:
             plans.append(plan_task(task, shelf, claimed))
-            claimed[fold(plans[-1].stub)] = task.key
+            claimed[fold(plans[-1].path.stem)] = task.key
     return plans
 
 
@@ -839,8 +762,9 @@ def urgency(plan: Plan) -> tuple[bool, float]:
 
 # --- Part files: hidden, locked, growing as bytes arrive --------------------------------------
 
-_BINARY_FLAG = getattr(os, "O_BINARY", 0)  # Windows
-_PART_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | _BINARY_FLAG
+_PART_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+
+CHANGED_MEANWHILE = "somebody changed the hidden file, or took the name, meanwhile"
 
 Source = tuple[int, str]  # the object a part is the beginning of: its bytes in all, its validator
 
@@ -853,20 +777,21 @@ class PartFile:
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
+        self.path, self._beside = path, path.with_suffix(".json")
         self.file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - `release` closes it
         self.size_bytes = os.fstat(descriptor).st_size
         self.source: Source | None = None
         with contextlib.suppress(OSError, ValueError, TypeError):
-            total, validator = json.loads(path.with_suffix(".json").read_bytes())
+            total, validator = json.loads(self._beside.read_bytes())
             self.source = int(total), str(validator)
-        is_start = self.source and 0 < self.size_bytes <= self.source[0]
-        if not is_start and (self.source or self.size_bytes):
+        if self.source and 0 < self.size_bytes <= self.source[0]:
+            self.sha256 = hash_file(self.file)
+        else:
             self.restart()
 
     @classmethod
-    def claim(cls, path: Path) -> PartFile | None:
-        """Open and lock the part file ``path``; ``None`` when it is in other hands.
+    def claim(cls, path: Path) -> PartFile:
+        """Open and lock the part file ``path``; raises `InOtherHands` when somebody has it.
 
         One that is published already, or another user's, makes way for a new one. Where that
         or locking is not possible, a name of its own serves for this run.
@@ -879,9 +804,9 @@ class PartFile:
             if descriptor >= 0:
                 os.close(descriptor)
             if locked is False:
-                return None
+                raise InOtherHands
             if not (locked and is_usable):
-                remove(path)
+                remove_part(path)
         own = path.with_name(f"{path.stem}-{os.getpid()}-{random.getrandbits(32):08x}.part")
         descriptor = os.open(own, _PART_FLAGS | os.O_EXCL, 0o666)
         try_lock(descriptor)
@@ -900,31 +825,35 @@ class PartFile:
 
     def restart(self, source: Source | None = None) -> None:
         """Forget all bytes; those to come are of ``source``, or cannot be resumed."""
-        beside = self.path.with_suffix(".json")
         with disk_errors("write the part file"):
             if self.size_bytes:
                 self.file.truncate(0)
-            self.source, self.size_bytes = source, 0
-            beside.unlink(missing_ok=True)
             if source:
-                beside.write_text(json.dumps(source))
+                with open(self._beside, "wb", buffering=0) as beside:
+                    beside.write(json.dumps(source).encode())
+            elif self.source:
+                self._beside.unlink(missing_ok=True)
+        self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
 
-    def write(self, data: bytes | bytearray) -> None:
+    def write(self, data: bytes) -> None:
+        self.sha256.update(data)
         rest = memoryview(data)
         with disk_errors("write the video"):
             while rest:  # a nearly full disk takes a part of it and says nothing
                 rest = rest[self.file.write(rest) or 0 :]
-            self.size_bytes += len(data)
-            if self.file.tell() != self.size_bytes:
-                raise TransientError("the hidden file was changed by somebody meanwhile")
+        self.size_bytes += len(data)
+        if os.fstat(self.file.fileno()).st_size != self.size_bytes:
+            raise TransientError(CHANGED_MEANWHILE)
 
     def release(self, keep: bool = True) -> None:
         """Let others have it; nothing is kept but what can be resumed."""
+        if self.file.closed:
+            return
         is_ours = is_same_file(self.file.fileno(), self.path) or not os.path.lexists(self.path)
-        keep = keep and self.is_intact and self.share > 0
+        is_of_use = keep and self.is_intact and self.share > 0
         if os.name == "nt":  # where no open file can be removed
             self.file.close()
-        if is_ours and not keep:
+        if is_ours and not is_of_use:
             remove_part(self.path)
         self.file.close()
 
@@ -934,7 +863,7 @@ def open_part(path: Path) -> tuple[int, bool]:
 
     It may not where it is another user's, or published: then it has another name as well.
     """
-    for flags in (_PART_FLAGS, os.O_RDONLY | _BINARY_FLAG):
+    for flags in (_PART_FLAGS, os.O_RDONLY):
         with contextlib.suppress(PermissionError, FileNotFoundError, IsADirectoryError):
             descriptor = os.open(path, flags, 0o666)
             return descriptor, flags == _PART_FLAGS and os.fstat(descriptor).st_nlink == 1
@@ -950,11 +879,13 @@ def try_lock(descriptor: int) -> bool | None:
         if sys.platform == "win32":
             os.lseek(descriptor, 2**40, os.SEEK_SET)  # a byte far behind those of any video
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        elif descriptor >= 0:
+        else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK) else None
-    return True if descriptor >= 0 else None
+    except (BlockingIOError, PermissionError):
+        return False
+    except (OSError, ValueError):  # ValueError: there is no file
+        return None
+    return True
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:
@@ -971,14 +902,9 @@ def remove_part(path: Path) -> None:
 
 def sweep(directory: Path, names: Iterable[str]) -> None:
     """Remove what earlier runs left of the hidden files ``names``, unless it is in use."""
-    for stem in {name.rsplit(".", 1)[0] for name in names if name.startswith(".dsv-")}:
-        path = directory / f"{stem}.part"
-        with contextlib.suppress(OSError):
-            descriptor, _ = open_part(path)
-            is_idle = try_lock(descriptor) and is_same_file(descriptor, path)
-            os.close(descriptor)
-            if is_idle:
-                remove_part(path)
+    for stem in {name.rpartition(".")[0] for name in names if name.startswith(".dsv-")}:
+        with contextlib.suppress(OSError, DownloaderError):
+            PartFile.claim(directory / f"{stem}.part").release(keep=False)
 
 
 # --- What an answer's head says (RFC 9110) ----------------------------------------------------
@@ -988,17 +914,8 @@ def content_range(headers: Mapping[str, str]) -> tuple[int, int]:
     """First byte and total of ``Content-Range`` (section 14.4); -1 for nonsense."""
     value = (headers.get("Content-Range") or "").strip()
     match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", value)
-    good = match and int(match[1]) <= int(match[2]) == int(match[3]) - 1
-    return (int(match[1]), int(match[3])) if match and good else (-1, -1)
-
-
-def strong_validator(headers: Mapping[str, str]) -> str:
-    """What tells this object from any other (section 8.8): ETag, else Last-Modified, or "".
-
-    A weak ETag says that the bytes may differ: nothing may be resumed with it (13.1.5).
-    """
-    validator = (headers.get("ETag") or headers.get("Last-Modified") or "").strip()
-    return "" if validator.startswith("W/") else validator
+    is_good = match and int(match[1]) <= int(match[2]) == int(match[3]) - 1
+    return (int(match[1]), int(match[3])) if match and is_good else (-1, -1)
 
 
 def read_head(response: requests.Response) -> tuple[int, int, Source | None]:
@@ -1012,8 +929,10 @@ def read_head(response: requests.Response) -> tuple[int, int, Source | None]:
         start, total = content_range(headers)
     if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         total = -1
-    validator = strong_validator(headers)
-    return start, total, (total, validator) if total > 0 and validator else None
+    validator = (headers.get("ETag") or headers.get("Last-Modified") or "").strip()
+    if total > 0 and validator and not validator.startswith("W/"):  # weak (13.1.5)
+        return start, total, (total, validator)
+    return start, total, None
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -1023,15 +942,15 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-_OVERLOADED_STATUSES = {429, 503}  # RFC 6585, 4; RFC 9110, 15.6.4
+RETRIED_STATUSES = {408, 425, *range(500, 1000)}  # RFC 9110, 15.5.9 and 15.6; RFC 8470, 5.2
 
 
 def check_status(status: int, headers: Mapping[str, str]) -> None:
     """Raise what a status other than 200 and 206 means: transient, dead or final."""
-    if status in (408, 425) or status >= 500:
+    if status in RETRIED_STATUSES:
         raise TransientError(f"the server answered HTTP {status}", retry_after_s(headers))
     if status in (401, 403, 404, 410):
-        raise LinkDead(f"the link was refused: HTTP {status}", "")
+        raise LinkDead("the link was refused", "run again later", f"HTTP {status}")
     if status not in (200, 206):
         hint = "run the polling step again for another link"
         raise TaskError(f"the server answered HTTP {status}", hint)
@@ -1047,7 +966,14 @@ class SharedContextAdapter(requests.adapters.HTTPAdapter):
     """
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        self._context = make_tls_context()
+        named = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+        bundle = named or DEFAULT_CA_BUNDLE_PATH
+        self._context = create_urllib3_context()
+        try:
+            kind = "capath" if os.path.isdir(bundle) else "cafile"
+            self._context.load_verify_locations(**{kind: bundle})
+        except OSError as error:
+            raise JobError(f"cannot load the CA bundle {printable(bundle)}: {error}") from None
         super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
@@ -1057,27 +983,14 @@ class SharedContextAdapter(requests.adapters.HTTPAdapter):
         """Add nothing: the context holds the bundle and asks for a good certificate."""
 
 
-def make_tls_context() -> ssl.SSLContext:
-    """A verifying context with the CA bundle that requests would take; raises `JobError`."""
-    named = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-    bundle = named or DEFAULT_CA_BUNDLE_PATH
-    context = create_urllib3_context()
-    try:
-        context.load_verify_locations(**{"capath" if os.path.isdir(bundle) else "cafile": bundle})
-    except OSError as error:
-        reason = error.strerror or "not a CA bundle"
-        raise JobError(f"the CA bundle {printable(bundle)} cannot be loaded: {reason}") from None
-    return context
-
-
 def make_session(workers: int) -> requests.Session:
     """A session for ``workers`` threads, which keeps connections alive."""
     session = requests.Session()
     session.trust_env = False  # no .netrc for the CDN
-    session.headers["User-Agent"] = f"download_succeeded_videos/{__version__}"
+    agent = f"download_succeeded_videos/{__version__}"
+    session.headers.update({"User-Agent": agent, "Accept-Encoding": "identity"})
     adapter = SharedContextAdapter(pool_connections=workers, pool_maxsize=workers)
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
+    session.adapters.update({"http://": adapter, "https://": adapter})
     return session
 
 
@@ -1085,55 +998,52 @@ class Pace:
     """When one server may be asked next: at once, until it answers 429 or 503.
 
     Then all wait, the longer the more often that happens, and ask one after the other; each
-    good answer shortens the interval a little.
+    good answer shortens the interval a little. No lock: a race costs a request too many.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, proxies: dict[str, str]) -> None:
+        self.proxies = proxies
         self._interval_s = 0.0
         self._next = self._served = self._slowed = -math.inf
 
     def take_turn(self, now: float, jitter: float) -> float:
         """0 when it is this request's turn, else seconds until it is worth asking again."""
-        with self._lock:
-            if now < self._next:
-                return self._next - now + self._interval_s * jitter
-            self._next = now + self._interval_s
-            return 0.0
+        if now < self._next:
+            return self._next - now + self._interval_s * jitter
+        self._next = now + self._interval_s
+        return 0.0
 
     def served(self, now: float) -> None:
-        with self._lock:
-            self._served = now
-            self._interval_s = 0.95 * self._interval_s if self._interval_s > 0.01 else 0.0
+        self._served = now
+        self._interval_s = 0.95 * self._interval_s if self._interval_s > 0.01 else 0.0
 
     def overloaded(self, now: float, asked: float, hold_s: float) -> bool:
         """Slow down, once for all requests of a burst; whether others are still served."""
-        with self._lock:
-            if now - self._served > STILL_SERVING_S:
-                self._interval_s = 0.0
-                return False
-            if asked >= self._slowed:
-                self._slowed = now
-                self._interval_s = min(1.0, max(0.05, 2 * self._interval_s))
-            self._next = max(self._next, now + hold_s)
-            return True
-
-
-def has_more(raw: Any) -> bool:
-    """Whether more of a body has come already; False also where that cannot be seen."""
-    try:
-        return wait_for_read(raw, 0)
-    except (OSError, ValueError, AttributeError):  # read to its end, or a test's stand-in
-        return False
+        if now - self._served > STILL_SERVING_S:
+            return False
+        if asked >= self._slowed:
+            self._slowed, self._interval_s = now, min(1.0, max(0.05, 2 * self._interval_s))
+        self._next = max(self._next, now + hold_s)
+        return True
 
 
 @dataclass(frozen=True)
-class Transport:
-    """How the workers of one run ask servers, until ``stop``: in turn, where one asks for it."""
+class Workplace:
+    """What all downloads of a run share: the directory, and how to ask servers, until ``stop``.
 
+    ``claimed`` maps folded stubs to their task's key. The live line looks at ``downloads``, all
+    those begun.
+    """
+
+    shelf: Shelf
+    claimed: dict[str, str]
     session: requests.Session
     timeout_s: float
+    retries: int
+    command: Sequence[str]
+    clock: Callable[[], float] = time.monotonic
     stop: threading.Event = field(default_factory=threading.Event)
+    downloads: list[Download] = field(default_factory=list)
     _paces: dict[str, Pace] = field(default_factory=dict)
 
     def get(self, link: str, headers: Mapping[str, str], **how: Any) -> requests.Response:
@@ -1141,25 +1051,25 @@ class Transport:
 
         Raises `TransientError` for 429 and 503, and what `explain` makes of other faults.
         """
-        pace = self._paces.setdefault(urlsplit(link).netloc, Pace())
-        while (delay_s := pace.take_turn(time.monotonic(), random.random())) > 0:
+        host = urlsplit(link).netloc
+        if host not in self._paces:
+            self._paces.setdefault(host, Pace(get_environ_proxies(link, no_proxy=None)))
+        pace = self._paces[host]
+        while (delay_s := pace.take_turn(self.clock(), random.random())) > 0:
             self.wait(delay_s)
-        asked = time.monotonic()
-        how |= {"timeout": (self.timeout_s, self.timeout_s), "stream": True}
+        asked, timeout = self.clock(), (self.timeout_s, self.timeout_s)
+        how |= {"headers": headers, "proxies": pace.proxies, "timeout": timeout, "stream": True}
         try:
-            how["proxies"] = get_environ_proxies(link, no_proxy=None)
-            response = self.session.get(link, headers=headers, **how)
+            response = self.session.get(link, **how)
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
-        if response.status_code not in _OVERLOADED_STATUSES:
-            pace.served(time.monotonic())
+        if response.status_code not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
+            pace.served(self.clock())
             return response
-        with response:
-            if (response.raw.length_remaining or READ_BYTES) < READ_BYTES:
-                response.raw.drain_conn()  # keeps the connection
+        response.close()
         wait_s = retry_after_s(response.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
-        still_serves = pace.overloaded(time.monotonic(), asked, hold_s)
+        still_serves = pace.overloaded(self.clock(), asked, hold_s)
         reason = f"the server answered HTTP {response.status_code}"
         raise TransientError(reason, wait_s, costs=not still_serves)
 
@@ -1167,66 +1077,57 @@ class Transport:
         if self.stop.wait(seconds):
             raise Cancelled
 
-    def chunks(
-        self, response: requests.Response, clock: Callable[[], float] = time.monotonic
-    ) -> Iterator[bytearray]:
+    def chunks(self, response: requests.Response) -> Iterator[bytes]:
         """The decoded body in blocks; raises `TransientError` when it all but stops.
 
-        Reading what has come, and no more, lets the rate be seen; what is there already makes
-        one block, since 32 threads that handle each bit of TLS by itself are in each other's
-        way. urllib3 1.26 cannot read so: there a read is as short as the least rate fills in
-        half the time.
+        Reading what has come, and no more, lets the rate be seen. Whole records of TLS (RFC 8446,
+        5.1) are put together: a server that sends such has more to send. urllib3 1.26 cannot read
+        so: there a read is as short as the least rate fills in half the time.
         """
-        raw, timeout_s, block = response.raw, self.timeout_s, bytearray()
-        fault: TaskError | None = None
+        raw, held = response.raw, list[bytes]()
         how = {"decode_content": "Content-Encoding" in response.headers}
         if hasattr(raw, "read1"):
             pieces = iter(functools.partial(raw.read1, READ_BYTES, **how), b"")
         else:
-            least = max(1, int(STALL_BYTES_PER_SECOND * timeout_s / 2))
+            least = max(1, int(STALL_BYTES_PER_SECOND * self.timeout_s / 2))
             pieces = raw.stream(min(READ_BYTES, least), **how)
-        since, before = clock(), 0
+        since, before = self.clock(), 0
         try:
             for piece in pieces:
-                block += piece
-                if len(block) >= READ_BYTES or not has_more(raw):
-                    yield block
+                held.append(piece)
+                if len(held) >= BLOCK_PIECES or len(piece) % TLS_RECORD_BYTES:
+                    yield b"".join(held)
                     self.wait(0)
-                    block = bytearray()
-                if (now := clock()) - since >= timeout_s:
+                    held.clear()
+                if (now := self.clock()) - since >= self.timeout_s:
                     if raw.tell() - before < STALL_BYTES_PER_SECOND * (now - since):
-                        fault = TransientError(f"stalled: less than 1 kB/s for {timeout_s:g} s")
-                        break
+                        raise TransientError(f"stalled: under 1 kB/s for {self.timeout_s:g} s")
                     since, before = now, raw.tell()
         except NETWORK_ERRORS as error:
-            fault = explain(error, timeout_s)
-        yield block
-        if fault:
-            raise fault
+            yield b"".join(held)
+            raise explain(error, self.timeout_s) from None
+        yield b"".join(held)
 
 
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 
 
-def explain(error: BaseException, timeout_s: float) -> TaskError:
+def explain(error: BaseException | None, timeout_s: float) -> TaskError:
     """A library's exception in our words: theirs may hold the link, query and all."""
-    known = requests.exceptions
-    if isinstance(error, known.SSLError) and re.search("verify failed|match", str(error)):
+    if isinstance(error, requests.exceptions.SSLError) and re.search(
+        "verify failed|match", str(error)
+    ):
         hint = "set REQUESTS_CA_BUNDLE to the bundle that holds its CA"
         return TaskError("the server's certificate is not trusted", hint)
-    if isinstance(error, (known.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
-        what = (
-            "no connection" if isinstance(error, known.ConnectTimeout) else "stalled: nothing came"
-        )
-        return TransientError(f"{what} within {timeout_s:g} s")
-    if isinstance(error, (known.TooManyRedirects, ValueError)):
+    if isinstance(error, (requests.TooManyRedirects, ValueError)):
         hint = "look at HTTPS_PROXY, or run the polling step again for another link"
         return TaskError("the link or the proxy leads to no usable address", hint)
-    cause: BaseException | None = error
-    while cause:
-        if isinstance(cause, OSError) and cause.strerror and cause.errno:
-            return TransientError(f"the connection failed: {cause.strerror}")
-        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
+        return TransientError(f"stalled: nothing came within {timeout_s:g} s")
+    while error:
+        if isinstance(error, OSError) and error.strerror and error.errno:
+            return TransientError(f"the connection failed: {error.strerror}")
+        error = error.__cause__ or error.__context__
     return TransientError("the connection was cut")
 
 
@@ -1237,29 +1138,22 @@ def api_secret() -> str:
     return os.environ.get("RUNWAYML_API_SECRET", "").strip()
 
 
-def fetch_fresh_link(task_id: str, transport: Transport) -> str:
+def fetch_fresh_link(task_id: str, place: Workplace) -> str:
     """A new link to the video of ``task_id`` (https://docs.dev.runwayml.com/api/).
 
     Raises `TransientError` where another try may help, else `LinkDead`. Redirects are not
     followed: the key is for this host alone.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", task_id):
-        raise LinkDead("Runway cannot be asked without a task_id", "look at the results file")
-    if not re.fullmatch(r"[\x21-\x7e]+", api_secret()):
-        raise LinkDead("RUNWAYML_API_SECRET is not a key", "set it to the key alone")
     base_url = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
     headers = {"Authorization": f"Bearer {api_secret()}", "X-Runway-Version": "2024-11-06"}
-    headers["Accept-Encoding"] = "identity"
     try:
-        link = f"{base_url}/v1/tasks/{task_id}"
-        with transport.get(link, headers, allow_redirects=False) as response:
+        link = f"{base_url}/v1/tasks/{quote(task_id, safe='')}"
+        with place.get(link, headers, allow_redirects=False) as response:
             status, body = response.status_code, b""
-            if status != 200 and status < 500 and status not in (408, 425):
-                hints = {401: "see RUNWAYML_API_SECRET", 404: "make the video again"}
-                hint = hints.get(status, "see RUNWAYML_API_SECRET and RUNWAYML_BASE_URL")
-                raise TaskError(f"answered HTTP {status}", hint)
+            if status != 200 and status not in RETRIED_STATUSES:
+                raise TaskError(f"HTTP {status}", "see the task and the keys on Runway's site")
             check_status(status, response.headers)
-            for piece in transport.chunks(response):
+            for piece in place.chunks(response):
                 body += piece
                 if len(body) > BYTES_PER_MB:
                     break
@@ -1277,11 +1171,10 @@ def read_api_answer(body: bytes) -> str:
         task = as_object(json.loads(body))
     except (ValueError, RecursionError):
         raise TransientError("the answer is not JSON, or not all of it came") from None
-    output = task.get("output")
+    output, status = task.get("output"), task.get("status", "SUCCEEDED")
     link = usable_link(output[0]) if isinstance(output, list) and output else ""
-    if not link or task.get("status", "SUCCEEDED") != "SUCCEEDED":
-        status = printable(str(task.get("status"))[:20])
-        reason = f"the answer holds no video (status {status})"
+    if not link or status != "SUCCEEDED":
+        reason = f"the answer holds no video (status {printable(status)[:20]})"
         raise TaskError(reason, "see the task in Runway, or RUNWAYML_BASE_URL")
     return link
 
@@ -1291,8 +1184,8 @@ def read_api_answer(body: bytes) -> str:
 
 class Status(str, Enum):
     DOWNLOADED = "downloaded"
-    EXISTS = "exists"
     FAILED = "failed"
+    EXISTS = "exists"
     PENDING = "pending"  # in a dry run
 
 
@@ -1300,27 +1193,18 @@ class Status(str, Enum):
 class Outcome:
     """What became of one task: its video's ``path`` and bytes, and the ``fault`` if it failed.
 
-    One that is there may have a fault as well: it could not be handed over. ``file`` is the
-    ``path`` as text, ``notes`` are lines for the console, ``expires`` is a dry run's, in ISO 8601.
+    One that is there may have a fault as well: it could not be handed over. ``notes`` are
+    lines for the console, ``expires`` is a dry run's, in ISO 8601.
     """
 
-    task_id: str
+    task: Task
     status: Status
-    file: str
+    path: Path
     size_bytes: int | None = None
-    link: str = field(default="", repr=False)
     fault: TaskError | None = None
     warning: str = ""
     notes: tuple[str, ...] = ()
     expires: str = ""
-
-    @property
-    def path(self) -> Path:
-        return Path(self.file)
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.file)
 
     @property
     def error(self) -> str:
@@ -1330,62 +1214,31 @@ class Outcome:
     @property
     def label(self) -> str:
         """How a list names it."""
-        return f"{printable(self.name)} (task {shown_id(self.task_id)})"
+        return f"{printable(self.path.name)} (task {shown_id(self.task.task_id)})"
 
     def as_json(self) -> dict[str, Any]:
-        entry = {
-            "task_id": self.task_id,
-            "status": self.status.value,
-            "path": None if self.status is Status.FAILED else self.file,
-            "size_bytes": self.size_bytes,
-            "error": self.error or None,
-            "warning": self.warning or None,
-        }
-        return entry | {"expires": self.expires} if self.expires else entry
+        path = None if self.status is Status.FAILED else str(self.path)
+        what = {"task_id": self.task.task_id, "status": self.status.value, "path": path}
+        said = {"error": self.error or None, "warning": self.warning or None}
+        more = {"expires": self.expires} if self.expires else {}
+        return {**what, "size_bytes": self.size_bytes, **said, **more}
 
 
-def outcome_of(plan: Plan, directory: Path, status: Status, **more: Any) -> Outcome:
-    file = f"{directory}{os.sep}{plan.stub}.mp4"
-    return Outcome(plan.task.task_id, status, file, link=plan.task.link, **more)
-
-
-STATISTICS = {
-    Status.DOWNLOADED: "downloaded",
-    Status.FAILED: "failed_downloads",
-    Status.EXISTS: "already_exists",
-}
+STATISTICS = dict(zip(Status, ("downloaded", "failed_downloads", "already_exists"), strict=False))
 
 
 def count_outcomes(outcomes: Sequence[Outcome] = ()) -> dict[str, int]:
     counts = Counter(outcome.status for outcome in outcomes)
-    return {"total_succeeded": len(outcomes)} | {
-        name: counts[status] for status, name in STATISTICS.items()
-    }
+    named = {name: counts[status] for status, name in STATISTICS.items()}
+    return {"total_succeeded": len(outcomes)} | named
 
 
 # --- One download: attempts, back-off, resume, a fresh link, a name ---------------------------
 
 
-@dataclass(frozen=True)
-class Workplace:
-    """What all downloads of a run share; ``claimed`` maps folded stubs to their task's key.
-
-    The live line looks at ``active``, by task key, and ``received``, bytes by each that ended.
-    """
-
-    shelf: Shelf
-    claimed: dict[str, str]
-    transport: Transport
-    retries: int
-    command: Sequence[str]
-    active: dict[str, Download] = field(default_factory=dict)
-    received: list[int] = field(default_factory=list)
-
-
 def backoff_s(failures: int, at_least_s: float | None, jitter: float) -> float:
     """Seconds before the next try: exponential, ``jitter`` in [0, 1) halves it at most."""
-    delay = BACKOFF_BASE_S * 2.0 ** min(failures - 1, 6)
-    return max(delay * (0.5 + jitter / 2), at_least_s or 0.0)
+    return max(BACKOFF_BASE_S * 2.0 ** min(failures - 1, 6) * (0.5 + jitter / 2), at_least_s or 0.0)
 
 
 class Download:
@@ -1394,137 +1247,126 @@ class Download:
     The live line looks at ``part``, ``received`` and ``waiting`` meanwhile.
     """
 
+    part: PartFile
+
     def __init__(self, plan: Plan, place: Workplace) -> None:
-        self.plan = plan
-        self.part: PartFile | None = None
-        self.received = 0
-        self.waiting = ""
-        self._place = place
-        self._task = plan.task
-        self._directory = place.shelf.directory
-        self._link = plan.task.link
-        self._refused: LinkDead | None = None
-        self._is_fresh = False
-        self._length_matched = True
-        self._most_bytes = 0
-        self._failures = 0
-        self._tries = 1
-        self._notes: list[str] = []
-        self._warning = ""
+        self.received, self.waiting = 0, ""
+        self._plan, self._task, self._place = plan, plan.task, place
+        self._link, self._is_fresh = plan.task.link, False
+        self._dead = LinkDead(NO_LINK, "")
+        self._tries, self._failures, self._most_bytes = 1, 0, 0
+        self._notes = Counter[str]()
+        self._length_matched, self._warning = True, ""
 
     def run(self) -> Outcome:
         """Do what is to be done; raises `JobError`, `InOtherHands` and `Cancelled`."""
-        self._place.active[self._task.key], keep = self, True
+        keep = True
         try:
-            part = self._claim()
-            self.plan = plan_task(self._task, self._place.shelf, self._place.claimed)
-            outcome, keep = self._act(part), False
-            return hand_over(outcome, self._place.command) if self._place.command else outcome
+            self._claim()
+            self._place.downloads.append(self)
+            try:
+                outcome, keep = self._act(), False
+                return hand_over(outcome, self._place.command)
+            finally:
+                self.part.release(keep)
         except TaskError as fault:
             tries = f"tried {self._tries} times" if self._tries > 1 else ""
             fault.detail = ", ".join(filter(None, (fault.detail, tries)))
             return self._outcome(Status.FAILED, None, fault)
-        finally:
-            self._place.active.pop(self._task.key, None)
-            self._place.received.append(self.received)
-            if self.part:
-                self.part.release(keep)
 
-    def _claim(self) -> PartFile:
-        """Hold the part file, or raise `InOtherHands`; one that was held before is let go."""
-        if self.part:
-            self.part.release()
-        self.part = None
+    def _claim(self) -> None:
         with disk_errors("write to the output directory"):
-            self.part = PartFile.claim(hidden_path(self._directory, self._task.key))
-        if not self.part:
-            raise InOtherHands
-        return self.part
+            self.part = PartFile.claim(hidden_path(self._plan.path.parent, self._task.key))
 
-    def _act(self, part: PartFile) -> Outcome:
-        if self.plan.action is Action.KEEP:
-            return self._outcome(Status.EXISTS, self.plan.size_bytes)
-        if self.plan.action is Action.ADOPT:
-            return self._adopt()
+    def _act(self) -> Outcome:
         while True:
-            self._place.transport.wait(0)
+            self._place.wait(0)
             try:
-                return self._attempt(part)
+                return self._attempt()
             except LinkDead as error:
-                if self._link and not self._refused:
-                    self._refused = error  # the next attempt asks for a fresh one
-                elif self.plan.action is Action.ASK:
-                    why = f"the link could not be asked, {error.reason.removeprefix('the link ')}"
-                    return self._adopt(f"  ℹ️ Taken for this task's: {why}")
+                if self._link and not self._is_fresh:
+                    self._dead, self._link = error, ""  # the next attempt asks for a fresh one
+                elif self._plan.action is Action.ASK:
+                    return self._adopt(f"  ℹ️ Taken for this task's, unasked: {error.why}")
                 else:
                     raise
             except TransientError as error:
-                self._back_off(part, error)
-                if not part.is_intact:
-                    part = self._claim()
+                self._back_off(error)
+                if not self.part.is_intact:
+                    self.part.release()
+                    self._claim()
 
-    def _attempt(self, part: PartFile) -> Outcome:
-        """One request, if need be, for what is missing; then the video's place."""
-        if part.share < 1:
-            if not self._link or self._refused:
-                self._renew_link()
-            if not self._transfer(part):
+    def _attempt(self) -> Outcome:
+        """A look at the directory, a request if need be for what is missing, and publishing."""
+        self._plan = plan_task(self._task, self._place.shelf, self._place.claimed)
+        if self._plan.action is Action.KEEP:
+            return self._outcome(Status.EXISTS, self._plan.size_bytes)
+        if self._plan.action is Action.ADOPT:
+            return self._adopt()
+        if self.part.share < 1:
+            if not self._link:
+                self._link, self._is_fresh = self._fresh_link(), True
+            if not self._transfer():
                 return self._adopt()
-        self._check_content(part)
-        return self._publish(part)
+        with disk_errors("read the video back"):
+            content = inspect(self.part.file, self.part.size_bytes)
+        if content is Content.CUT or (content is Content.SURPLUS and not self._length_matched):
+            raise TransientError("the server sent an MP4 cut short")
+        if content not in KEPT:
+            self.part.restart()
+            hint = "open the link in a browser, or look at the task in Runway"
+            raise TaskError(f"what the server sent is {content.value}", hint)
+        self._warning = "" if content is Content.WHOLE else f"it is {content.value}"
+        return self._publish()
 
-    def _renew_link(self) -> None:
-        """Take a fresh link from Runway, once; else raise `LinkDead`, saying what would help."""
-        reason, expiry = 'the row has no usable "video_url"', link_expiry(self._link)
-        detail, hint = "", "set RUNWAYML_API_SECRET and run again to fetch a fresh link"
-        if self._refused:
-            reason = self._refused.reason
-            if self._is_fresh:
-                raise LinkDead(f"the fresh {reason.removeprefix('the ')}", "run again later")
+    def _fresh_link(self) -> str:
+        """A link from Runway; else raise `LinkDead`, saying what would help."""
+        detail, expiry = self._dead.detail, link_expiry(self._task.link)
         if expiry is not None:
             word = "expired" if expiry <= time.time() else "valid until"
-            detail = f"{word} {utc_time(expiry):%Y-%m-%d %H:%M:%S} UTC"
+            detail += f", {word} {utc_text(expiry)}"
         if not api_secret():
-            raise LinkDead(reason, hint, detail)
+            hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh link"
+            raise LinkDead(self._dead.reason, hint, detail)
         try:
-            self._link = fetch_fresh_link(self._task.task_id, self._place.transport)
+            link = fetch_fresh_link(self._task.task_id, self._place)
         except LinkDead as error:
-            raise LinkDead(f"{reason}; {error.reason}", error.hint, detail) from None
-        self._refused, self._is_fresh = None, True
-        self._notes.append("  🔑 Fetched a fresh link from Runway")
+            raise LinkDead(f"{self._dead.reason}; {error.reason}", error.hint, detail) from None
+        self._notes["  🔑 Fetched a fresh link from Runway"] += 1
+        return link
 
-    def _transfer(self, part: PartFile) -> bool:
+    def _transfer(self) -> bool:
         """Ask and receive; False if the answer shows that the file there is this task's own."""
-        headers = {"Accept-Encoding": "identity"}
+        part, headers = self.part, {}
         if part.source and part.size_bytes:
-            headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
-        with self._place.transport.get(self._link, headers) as response:
+            headers = {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
+        with self._place.get(self._link, headers) as response:
             self.waiting = ""
             status, (start, total, source) = response.status_code, read_head(response)
             continues = 0 < part.size_bytes == start and source == part.source
-            if continues or not (part.size_bytes and status in (206, 416)):
-                check_status(status, response.headers)
-                if not continues and start != 0:
-                    raise TransientError("the server sent a part that was not asked for")
-                if self.plan.action is Action.ASK:
-                    if total == self.plan.size_bytes:
-                        return False
-                    self._move()
-                if continues:
-                    self._notes.append(f"  ⏩ Resumed at {megabytes(part.size_bytes)}")
-                else:
-                    part.restart(source)
-                self._receive(response, part)
-                return True
-        part.restart()  # the server has another object by now
-        return self._transfer(part)
+            if part.size_bytes and status in (206, 416) and not continues:
+                part.restart()  # the server has another object by now
+                return self._transfer()
+            check_status(status, response.headers)
+            if not continues and start != 0:
+                raise TransientError("the server sent a part that was not asked for")
+            if self._plan.action is Action.ASK:
+                if total == self._plan.size_bytes:
+                    return False
+                self._choose_name()
+            if continues:
+                self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
+            else:
+                part.restart(source)
+            self._receive(response)
+        return True
 
-    def _receive(self, response: requests.Response, part: PartFile) -> None:
-        """Write the body to ``part`` and count it against what the head announced."""
-        announced = response.raw.length_remaining
+    def _receive(self, response: requests.Response) -> None:
+        """Write the body to the part and count it against what the head announced."""
+        part, announced = self.part, response.raw.length_remaining
         self._length_matched = announced is not None
         try:
-            for data in self._place.transport.chunks(response):
+            for data in self._place.chunks(response):
                 part.write(data)
                 self.received += len(data)
         finally:
@@ -1532,72 +1374,55 @@ class Download:
                 self._most_bytes, self._failures = part.size_bytes, 0
         if (announced or 0) > response.raw.tell() or (part.source and part.share != 1):
             raise TransientError("the connection was cut")
-        if not part.size_bytes and announced is None and not response.raw.chunked:
-            raise TransientError("the connection was closed before the first byte")
 
-    def _check_content(self, part: PartFile) -> None:
-        with disk_errors("read the video back"):
-            content = inspect(part.file, part.size_bytes)
-        if content is Content.CUT or (content is Content.SURPLUS and not self._length_matched):
-            part.restart()
-            raise TransientError("the server sent an MP4 cut short")
-        if not content.is_video:
-            part.restart()
-            hint = "open the link in a browser, or look at the task in Runway"
-            raise TaskError(f"what the server sent is {content.value}", hint)
-        if content is not Content.WHOLE:
-            self._warning = f"it is {content.value}"
-
-    def _back_off(self, part: PartFile, error: TransientError) -> None:
+    def _back_off(self, error: TransientError) -> None:
         """Wait until it is time for another try; raise a final error when none is left."""
-        if part.share >= 1 or not part.source:
-            part.restart()
+        if self.part.share >= 1 or not self.part.source:
+            self.part.restart()
         if (error.retry_after_s or 0) > RETRY_AFTER_CAP_S:
             reason = f"{error.reason} and asks to wait {error.retry_after_s:.0f} s"
             raise TaskError(reason, "run again after that time") from None
-        self.waiting = f"{error.reason}: {printable(self.plan.stub)}.mp4"
         if error.costs_a_try and self._failures >= self._place.retries:
             raise TaskError(error.reason, error.hint) from None
+        self.waiting = error.reason
+        self._notes[f"  🔁 Tried again: {error.reason}"] += 1
         failures = self._failures + 1 if error.costs_a_try else min(self._tries, 4)
         self._failures += error.costs_a_try
         self._tries += 1
-        self._notes.append(f"  🔁 Tried again: {error.reason}")
-        self._place.transport.wait(backoff_s(failures, error.retry_after_s, random.random()))
+        self._place.wait(backoff_s(failures, error.retry_after_s, random.random()))
 
-    def _move(self) -> None:
-        """Choose the name anew, knowing that the video there is another one."""
+    def _choose_name(self) -> None:
+        """Choose the name anew, knowing that a video without metadata is another one."""
         place = self._place
-        self.plan = plan_task(self._task, place.shelf, place.claimed, in_hand=True)
-        place.claimed[fold(self.plan.stub)] = self._task.key
+        self._plan = plan_task(self._task, place.shelf, place.claimed, in_hand=True)
+        place.claimed[fold(self._plan.path.stem)] = self._task.key
 
-    def _publish(self, part: PartFile) -> Outcome:
+    def _publish(self) -> Outcome:
         """Give the whole video its name, or another if that is taken by now."""
         with disk_errors("write the video"):
-            info = file_info(part.file)
-            os.fsync(part.file.fileno())
+            info = file_info(self.part.file, self.part.sha256)
+            os.fsync(self.part.file.fileno())
         for _ in range(NAME_TRIES):
-            self._move()
-            if self.plan.action is Action.KEEP:
-                return self._outcome(Status.EXISTS, self.plan.size_bytes)
-            if not part.is_intact:
-                raise TransientError("the hidden file was changed by somebody meanwhile")
+            self._choose_name()
+            if self._plan.action is Action.KEEP:
+                return self._outcome(Status.EXISTS, self._plan.size_bytes)
+            if not self.part.is_intact:
+                raise TransientError(CHANGED_MEANWHILE)
             with contextlib.suppress(FileExistsError), disk_errors("put the video in place"):
-                self._put_in_place(part, info)
-                return self._outcome(Status.DOWNLOADED, part.size_bytes)
-        hint = "see who writes to the output directory, then run again"
-        raise TaskError("its names were taken as fast as they were chosen", hint)
+                self._put_in_place(info)
+                return self._outcome(Status.DOWNLOADED, info["size_bytes"])
+        raise TransientError(CHANGED_MEANWHILE)
 
-    def _put_in_place(self, part: PartFile, info: Mapping[str, Any]) -> None:
+    def _put_in_place(self, info: Object) -> None:
         """Publish metadata, then the video: whoever sees it finds both.
 
         A kill in between leaves metadata without a video, which the next run fills. Raises
         FileExistsError if somebody has taken the name.
         """
-        path = self._directory / f"{self.plan.stub}.mp4"
-        metadata = path.with_suffix(".json")
+        path, metadata = self._plan.path, self._plan.path.with_suffix(".json")
         is_new = put_metadata(metadata, self._task, path.name, info, bool(self._place.command))
         try:  # what is there is replaced if it is empty, or as broken as it was a moment ago
-            publish(part.path, path, replaces=file_bytes(path) == self.plan.size_bytes)
+            publish(self.part.path, path, replaces=file_bytes(path) == self._plan.size_bytes)
         except OSError:
             if is_new and file_bytes(path) != info["size_bytes"]:  # else it describes that one
                 remove(metadata)
@@ -1605,23 +1430,21 @@ class Download:
 
     def _adopt(self, *notes: str) -> Outcome:
         """Create metadata for the video that is there."""
-        path = self._directory / f"{self.plan.stub}.mp4"
-        try:
-            with disk_errors("describe the video that is there"), open(path, "rb") as file:
+        path, metadata = self._plan.path, self._plan.path.with_suffix(".json")
+        with contextlib.suppress(FileExistsError), disk_errors("describe the video there"):
+            with open(path, "rb") as file:
                 info = file_info(file)
-                put_metadata(path.with_suffix(".json"), self._task, path.name, info)
-        except FileExistsError:
-            raise TaskError("its name was taken by somebody meanwhile", "run again") from None
-        self._notes += [*notes, f"  📄 Metadata created: {printable(self.plan.stub)}.json"]
-        return self._outcome(Status.EXISTS, info["size_bytes"])
+            put_metadata(metadata, self._task, path.name, info)
+            self._notes.update([*notes, f"  📄 Metadata created: {printable(metadata.name)}"])
+            return self._outcome(Status.EXISTS, info["size_bytes"])
+        raise TransientError(CHANGED_MEANWHILE)
 
-    def _outcome(
-        self, status: Status, size_bytes: int | None, fault: TaskError | None = None
-    ) -> Outcome:
-        if status is Status.DOWNLOADED and self.plan.holder and self.plan.stub != self._task.stub:
-            self._notes.append(f"  ℹ️ Saved under this name: {printable(self.plan.holder)}")
-        more = {"warning": self._warning, "notes": tuple(self._notes), "fault": fault}
-        return outcome_of(self.plan, self._directory, status, size_bytes=size_bytes, **more)
+    def _outcome(self, status: Status, size: int | None, fault: TaskError | None = None) -> Outcome:
+        plan = self._plan
+        if status is Status.DOWNLOADED and plan.holder and plan.path.stem != self._task.stub:
+            self._notes[f"  ℹ️ Saved under this name: {printable(plan.holder)}"] += 1
+        notes = tuple(f"{note} ({n} times)" if n > 1 else note for note, n in self._notes.items())
+        return Outcome(self._task, status, plan.path, size, fault, self._warning, notes)
 
 
 # --- Handing over: the command that takes each new video on -----------------------------------
@@ -1633,13 +1456,13 @@ def hand_over(outcome: Outcome, command: Sequence[str]) -> Outcome:
     The metadata then says that it was: at least once, since a kill may come in between.
     """
     path = outcome.path.with_suffix(".json")
-    if outcome.fault or not is_waiting(path):
+    if not command or outcome.fault or not is_waiting(path):
         return outcome
     try:
-        run_command(command, outcome.path, path)
-        metadata = read_metadata(path) | {"handed_over": True}
+        run_command(command, {"{video}": outcome.path, "{metadata}": path})
+        metadata = encode_metadata(read_metadata(path) | {"handed_over": True})
         with disk_errors("record that it was handed over"):
-            write_whole(path, encode_metadata(metadata), metadata_task(metadata)[1], replaces=True)
+            write_whole(path, metadata, outcome.task.key, replaces=True)
     except TaskError as fault:
         return replace(outcome, fault=fault)
     return replace(outcome, notes=(*outcome.notes, f"  🔧 Handed over: {printable(command[0])}"))
@@ -1650,18 +1473,19 @@ def is_waiting(metadata: Path) -> bool:
     return read_metadata(metadata).get("handed_over") is False
 
 
-def run_command(template: Sequence[str], video: Path, metadata: Path) -> None:
-    """Run ``template`` without a shell and without the API key; raises `TaskError`."""
-    paths = {"{video}": str(video.absolute()), "{metadata}": str(metadata.absolute())}
-    words = [
-        re.sub(r"\{\w+\}", lambda match: paths.get(match[0], match[0]), word) for word in template
-    ]
-    environment = {key: value for key, value in os.environ.items() if key != "RUNWAYML_API_SECRET"}
+def run_command(template: Sequence[str], paths: Mapping[str, Path]) -> None:
+    """Run ``template`` without a shell and without the API key; raises `TaskError`.
+
+    ``paths`` go in, as absolute ones, for the ``{word}`` that is their key.
+    """
+    either = re.compile("|".join(paths))
+    words = [either.sub(lambda word: str(paths[word[0]].absolute()), part) for part in template]
+    clean = {key: value for key, value in os.environ.items() if key != "RUNWAYML_API_SECRET"}
     none, both = subprocess.DEVNULL, subprocess.STDOUT
     with tempfile.TemporaryFile() as output:
         try:
-            code = subprocess.Popen(words, 0, None, none, output, both, env=environment).wait()
-            why = f"exit code {code}" if code else ""
+            done = subprocess.run(words, stdin=none, stdout=output, stderr=both, env=clean)
+            why = f"exit code {done.returncode}" if done.returncode else ""
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not a usable command"
         output.seek(0)
@@ -1675,18 +1499,19 @@ def run_command(template: Sequence[str], video: Path, metadata: Path) -> None:
 
 
 def outcome_lines(outcome: Outcome, number: str) -> list[str]:
-    """The block of lines about one task; ``number`` is ``"k/N "`` or empty."""
-    name, size = printable(outcome.name), megabytes(outcome.size_bytes or 0)
-    lines = ["", f"  {number}Task {shown_id(outcome.task_id)}"]
-    if outcome.fault and outcome.status is Status.FAILED:
-        return [*lines, *outcome.notes, f"  ❌ Failed: {name}: {outcome.fault.why}"]
-    if outcome.status is Status.EXISTS:
-        return [*lines, f"  ⚠️ Already exists: {name}", *outcome.notes]
-    link = [f"  📥 Streaming download from: {shown_link(outcome.link)}"] if outcome.link else []
-    lines += [f"  🎬 Downloading: {name}", *link, f"  📊 File size: {size}"]
-    lines += [f"  ✅ Downloaded: {size}", f"  📄 Metadata saved: {name.removesuffix('.mp4')}.json"]
-    lines += [f"  ⚠️ Kept, though {outcome.warning}: look at it"] if outcome.warning else []
-    return [*lines, *outcome.notes, *([f"  ❌ {outcome.fault.why}"] if outcome.fault else [])]
+    """The block of lines about one task; ``number`` is ``k/N``."""
+    name, size = printable(outcome.path.name), megabytes(outcome.size_bytes or 0)
+    fault, link = outcome.fault, outcome.task.link
+    lines = ["", f"  {number} Task {shown_id(outcome.task.task_id)}"]
+    if outcome.status is Status.DOWNLOADED:
+        lines += [f"  🎬 Downloading: {name}"]
+        lines += [f"  📥 Streaming download from: {shown_link(link)}"] if link else []
+        lines += [f"  📊 File size: {size}", f"  ✅ Downloaded: {size}"]
+        lines += [f"  📄 Metadata saved: {name.removesuffix('.mp4')}.json"]
+        lines += [f"  ⚠️ Kept, though {outcome.warning}: look at it"] if outcome.warning else []
+    elif outcome.status is Status.EXISTS:
+        lines += [f"  ⚠️ Already exists: {name}"]
+    return [*lines, *outcome.notes, *([f"  ❌ Failed: {name}: {fault.why}"] if fault else [])]
 
 
 def statistics_lines(stats: Mapping[str, int]) -> list[str]:
@@ -1704,48 +1529,52 @@ def statistics_lines(stats: Mapping[str, int]) -> list[str]:
 
 def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
     """The videos in ``directory``, those of ``outcomes`` first, and what they take together."""
+    sizes: dict[str, int] = {}
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        sizes = {
-            entry.name: entry.stat().st_size
-            for entry in entries
-            if entry.name.endswith(".mp4") and entry.name[0] != "." and entry.is_file()
-        }
-        new = [each.name for each in outcomes if each.status is Status.DOWNLOADED]
-        names = list(dict.fromkeys([*filter(sizes.get, new), *sorted(sizes)]))
-        lines = [f"  • {printable(name)} ({megabytes(sizes[name])})" for name in names[:LISTED]]
-        if len(names) > LISTED:
-            lines.append(f"  … and {len(names) - LISTED:,} more")
-        total = f"💾 Total storage used: {megabytes(sum(sizes.values()))}"
-        return ["", f"📁 Videos in {printable(directory)}:", *lines, "", total] if names else []
-    return []
+        files = [each for each in entries if each.name.endswith(".mp4") and each.name[0] != "."]
+        sizes = {each.name: each.stat().st_size for each in files if each.is_file()}
+    new = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
+    names = dict.fromkeys([*filter(sizes.get, new), *sorted(sizes)])
+    lines = shortened([f"• {printable(name)} ({megabytes(sizes[name])})" for name in names], LISTED)
+    lines = ["", f"📁 Videos in {printable(directory)}:", *(f"  {line}" for line in lines)]
+    total = megabytes(sum(sizes.values()))
+    return [*lines, "", f"💾 Total storage used: {total}"] if names else []
 
 
-def failure_lines(outcomes: Iterable[Outcome]) -> list[str]:
+def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """What is wrong, grouped by reason: the reason and the advice once, then the names."""
     groups: dict[tuple[str, str], list[str]] = {}
     for outcome in outcomes:
         if fault := outcome.fault:
-            names = groups.setdefault((f"❌ {{}}: {fault.reason}", fault.hint), [])
-            names.append(f"    {outcome.label}" + (f": {fault.detail}" if fault.detail else ""))
+            names = groups.setdefault((f"❌ %s: {fault.reason}", fault.hint), [])
+            names.append(f"{outcome.label}: {fault.detail}" if fault.detail else outcome.label)
         if outcome.warning:
-            heading = f"⚠️ {{}} kept, though {outcome.warning}"
-            groups.setdefault((heading, "look at it"), []).append(f"    {outcome.label}")
+            heading = f"⚠️ %s kept, though {outcome.warning}"
+            groups.setdefault((heading, "look at it"), []).append(outcome.label)
     lines = []
     for (heading, hint), names in groups.items():
-        lines += ["", heading.replace("{}", counted(len(names)), 1)]
-        lines += [*shortened(names, NAMES_SHOWN), f"  → {hint}"]
-    return lines
+        lines += ["", heading.replace("%s", counted(len(names)), 1)]
+        lines += [*(f"    {name}" for name in shortened(names, NAMES_SHOWN)), f"  → {hint}"]
+    failed = sum(outcome.fault is not None for outcome in outcomes)
+    verdict = f"❌ {failed:,} of {len(outcomes):,} videos failed, the others are fine"
+    return [*lines, "", verdict] if failed and len(outcomes) > 1 else lines
 
 
-def fitted(parts: Sequence[str], columns: int) -> str:
-    """As much of ``parts`` as fits into ``columns`` of a terminal, emoji being two wide."""
-    width, shown = 0, ""
-    for char in "  ".join(parts):
-        width += 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        if width > columns:
-            return shown[:-1] + "…"
-        shown += char
-    return shown
+def progress_parts(total: int, done: int, downloads: Sequence[Download], for_s: float) -> list[str]:
+    """How far a run of ``total`` tasks is, the most important part first.
+
+    ``done`` of them have an outcome, ``downloads`` were begun within the ``for_s`` seconds.
+    """
+    active = [each for each in downloads if not each.part.file.closed]
+    waiting = [f"🔁 {each.waiting}" for each in active if each.waiting]
+    received = sum(each.received for each in downloads) / BYTES_PER_MB
+    parts = [f"⏬ {done:,}/{total:,}", *waiting[-1:], f"{received:.1f} MB"]
+    share = len(downloads) - sum(1 - each.part.share for each in active)
+    if received and share > 0:
+        to_do = max(0.0, total - done + len(downloads) - len(active) - share)
+        left = timedelta(seconds=round(for_s * to_do / share))
+        parts += [f"{received / for_s:.1f} MB/s", f"{left} left"]
+    return parts
 
 
 class Console:
@@ -1756,18 +1585,21 @@ class Console:
     """
 
     def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
-        self._quiet = quiet
-        self._as_json = as_json
-        self._live = ""
-        self._printed = time.monotonic()
+        self._quiet, self._as_json = quiet, as_json
+        self._live, self._printed = "", time.monotonic()
 
     def say(self, *lines: str) -> None:
-        if not self._quiet and lines:
-            self.write(sys.stderr if self._as_json else sys.stdout, "\n".join(lines) + "\n")
+        if not self._quiet:
+            self._write(sys.stderr if self._as_json else sys.stdout, *lines)
 
     def complain(self, *lines: str) -> None:
+        self._write(sys.stderr, *(line for line in lines if line or not self._quiet))
+
+    def _write(self, stream: Any, *lines: str) -> None:
         if lines:
-            self.write(sys.stderr, "\n".join(lines) + "\n")
+            self.show_progress([])
+            self._printed = time.monotonic()
+            self._put(stream, "\n".join(lines) + "\n")
 
     def show_progress(self, parts: Sequence[str]) -> None:
         """Draw the live line, none of no ``parts``; off a terminal break a long silence."""
@@ -1776,152 +1608,79 @@ class Console:
             if sys.stderr.isatty() and not self._quiet:
                 columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         if columns:
-            live = fitted(parts, columns - 1)
-            if live != self._live:
-                clear, self._live = "\r\x1b[K" if self._live else "", live
-                self._put(sys.stderr, clear + live)
+            live = "  ".join(parts)[: columns - 3]  # emoji, two at most, are two columns wide
+            clear, self._live = "\r\x1b[K" if self._live else "", live
+            self._put(sys.stderr, clear + live)
         elif parts and time.monotonic() - self._printed >= SILENCE_S:
             self.say("  ".join(parts))
 
-    def write(self, stream: TextIO | None, text: str) -> bool:
-        """Whether ``text`` could be written, behind the live line if there is one."""
-        self.show_progress([])
-        self._printed = time.monotonic()
-        return self._put(stream, text)
-
-    def _put(self, stream: TextIO | None, text: str) -> bool:
+    def _put(self, stream: Any, text: str) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             encoding = getattr(stream, "encoding", None) or "utf-8"
-            if stream and stream.write(text.encode(encoding, "replace").decode(encoding)):
-                stream.flush()
-                return True
-        return False
+            stream.write(text.encode(encoding, "replace").decode(encoding))
+            stream.flush()
 
 
 # --- The run: work in parallel, report as it ends ---------------------------------------------
 
 
-@dataclass
 class Crew:
-    """Worker threads that do one job each from start to end, led by the thread that calls `do`.
+    """Worker threads that do one job each from start to end, led by the thread that made them.
 
     They are daemons: no exit waits for one that waits for a server. Jobs in other hands, whose
-    tasks' keys are in ``waiting``, are tried again until they are done.
+    tasks' keys are in ``held``, are tried again until they are done. Fewer threads than asked
+    for, or none, will do.
     """
 
-    work: Callable[[Plan], Outcome]
-    report: Callable[[Plan, Outcome | Exception], None]
-    stop: threading.Event
-    waiting: set[str] = field(default_factory=set)
-    _todo: SimpleQueue[Plan | None] = field(default_factory=SimpleQueue)
-    _done: SimpleQueue[tuple[Plan, Outcome | Exception]] = field(default_factory=SimpleQueue)
-
-    def do(self, jobs: Sequence[Plan], workers: int, tick: Callable[[int], None]) -> None:
-        """Do ``jobs`` and report each; ``tick`` gets how many are left, now and then.
-
-        Whatever ends this early sets ``stop``, and what ends within the grace period is still
-        reported. Fewer threads than asked for, or none, will do.
-        """
-        left, threads = len(jobs), 0
+    def __init__(self, place: Workplace, jobs: Sequence[Plan], workers: int) -> None:
+        self.left, self.held = len(jobs), set[str]()
+        self._place, self._threads = place, 0
+        self.todo, self._done = SimpleQueue[Plan | None](), SimpleQueue[Outcome | DownloaderError]()
         for job in jobs:
-            self._todo.put(job)
+            self.todo.put(job)
         with contextlib.suppress(RuntimeError):  # the system gives no more
-            while threads < min(workers, left):
+            while self._threads < min(workers, self.left):
                 threading.Thread(target=self._labour, daemon=True).start()
-                threads += 1
-        try:
-            while left:
-                if not threads:
-                    self._todo.put(None)
-                    self._labour()
-                left -= self._settle(TICK_S)
-                tick(left)
-        finally:
-            self.stop.set()
-            deadline = time.monotonic() + STOP_GRACE_S
-            for _ in range(threads):
-                self._todo.put(None)
-            while left and time.monotonic() < deadline:
-                left -= self._settle(deadline - time.monotonic())
+                self._threads += 1
+
+    def results(self, until: float = math.inf) -> Iterator[Outcome | DownloaderError | None]:
+        """What became of each job, as they end; ``None`` a few times a second in between."""
+        ticked = -math.inf
+        while self.left and (now := time.monotonic()) < until:
+            if now - ticked >= TICK_S:
+                ticked = now
+                yield None
+            if not self._threads:
+                self.todo.put(None)
+                self._labour()
+            with contextlib.suppress(Empty):
+                result = self._done.get(timeout=TICK_S)
+                self.left -= 1
+                yield result
 
     def _labour(self) -> None:
-        for job in iter(self._todo.get, None):
-            result: Outcome | Exception = Cancelled()
+        for job in iter(self.todo.get, None):
+            result: Outcome | DownloaderError
             try:
-                if not self.stop.is_set():
-                    result = self.work(job)
+                self._place.wait(0)
+                result = Download(job, self._place).run()
             except InOtherHands:
-                self.waiting.add(job.task.key)
-                self._todo.put(job)
-                self.stop.wait(TICK_S)
+                self.held.add(job.task.key)
+                self.todo.put(job)
+                self._place.stop.wait(TICK_S)
                 continue
-            except Exception as error:  # whatever it is, it is for the thread that leads
+            except DownloaderError as error:
                 result = error
-            self.waiting.discard(job.task.key)
-            self._done.put((job, result))
-
-    def _settle(self, wait_s: float) -> int:
-        """Report one job that is done within the time; how many there were."""
-        with contextlib.suppress(Empty):
-            job, result = self._done.get(timeout=max(0.0, wait_s))
-            if not isinstance(result, Cancelled):
-                self.report(job, result)
-            return 1
-        return 0
+            except Exception as error:  # whatever it is, it must not end the others' work
+                reason = f"unexpected {type(error).__name__}: {printable(error)}"
+                fault = TaskError(reason, "please report it")
+                result = Outcome(job.task, Status.FAILED, job.path, fault=fault)
+            self.held.discard(job.task.key)
+            self._done.put(result)
+        self.todo.put(None)  # for the next one
 
 
-class Reporter:
-    """Tells of one run: each task's lines as one block when it is done, and how far it is."""
-
-    def __init__(self, console: Console, total: int, numbered: bool) -> None:
-        self.on_disk = self.failed = self._existing = self._hidden = 0
-        self._console = console
-        self._total = total
-        self._numbered = numbered
-        self._started = time.monotonic()
-        self._samples = deque([(self._started, 0)], maxlen=20)  # of some 5 s
-        self._told_of_waiting = False
-
-    def finished(self, outcome: Outcome) -> None:
-        """Count ``outcome`` and print its lines; of many that were there, the first few."""
-        self.on_disk += outcome.status is not Status.FAILED
-        self.failed += outcome.status is Status.FAILED
-        self._existing += outcome.status is Status.EXISTS and not outcome.notes
-        is_news = outcome.status is not Status.EXISTS or outcome.notes
-        self._hidden += not is_news and self._existing > EXISTING_SHOWN
-        if is_news or self._existing <= EXISTING_SHOWN:
-            number = f"{self.on_disk + self.failed}/{self._total} " if self._numbered else ""
-            self._console.say(*outcome_lines(outcome, number))
-
-    def say_hidden(self) -> None:
-        """Count the existing videos that were not worth a block of their own."""
-        if self._hidden:
-            self._console.say("", f"  ⚠️ … and {self._hidden:,} more that already exist")
-        self._hidden = 0
-
-    def tick(self, active: Sequence[Download], received: int, held: int) -> None:
-        """Show how far the run is, the most important part first, a few times a second."""
-        if held and not self._told_of_waiting:
-            self._told_of_waiting = True
-            self._console.say("", f"⏳ Waiting for {counted(held)} that another run has in hand")
-        now, done = time.monotonic(), self.on_disk + self.failed
-        if now - self._samples[-1][0] < TICK_S:
-            return
-        self._samples.append((now, received))
-        since, before = self._samples[0]
-        rate = (received - before) / max(now - since, 0.001)
-        share = done - self._existing + sum(each.part.share for each in active if each.part)
-        waiting = [f"🔁 {each.waiting}" for each in active if each.waiting]
-        parts = [f"⏬ {done}/{self._total}", f"{received / BYTES_PER_MB:.1f} MB"]
-        if held:
-            parts.append(f"waiting for {counted(held)} of another run")
-        elif rate > 0 and share > 0:
-            to_do = self._total - self._existing - share
-            left = timedelta(seconds=math.ceil((now - self._started) * to_do / share))
-            parts += [f"{rate / BYTES_PER_MB:.1f} MB/s", f"{left} left"]
-        self._console.show_progress([*parts, *waiting[-1:]])
-
-
+@dataclass(eq=False)
 class VideoDownloader:
     """Downloads the SUCCEEDED videos of polling results into one directory.
 
@@ -1932,48 +1691,42 @@ class VideoDownloader:
     - A video is under its final name only when it is whole, synced and has its metadata. No
       finished video is overwritten or moved. Other runs on the same directory share the work.
     - ``on_outcome`` is called once per finished task, in the thread that called the method,
-      with an `Outcome` (``task_id``, ``status``, ``path``, ``size_bytes``, ``error``).
+      with an `Outcome` (``task``, ``status``, ``path``, ``size_bytes``, ``error``).
     - Methods may be called from several threads; they take turns. Ctrl-C raises
       KeyboardInterrupt as ever, and leaves part files that the next run resumes.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path = DEFAULT_OUTPUT_DIR,
-        *,
-        workers: int = DEFAULT_WORKERS,
-        timeout: float = DEFAULT_TIMEOUT_S,
-        retries: int = DEFAULT_RETRIES,
-        quiet: bool = False,
-        on_outcome: Callable[[Outcome], None] | None = None,
-        command: Sequence[str] = (),
-        console: Console | None = None,
-    ) -> None:
-        """Make ``output_dir`` and keep the settings; ``timeout`` is in seconds.
+    output_dir: str | Path = DEFAULT_OUTPUT_DIR
+    _: KW_ONLY
+    workers: int = 32
+    timeout: float = 30.0
+    retries: int = 3
+    quiet: bool = False
+    on_outcome: Callable[[Outcome], None] | None = None
+    command: Sequence[str] = ()
+    console: Console | None = field(default=None, repr=False)
 
-        ``quiet`` prints nothing but what is wrong. ``command`` takes each new video over, with
-        ``{video}`` and ``{metadata}`` filled in.
-        """
-        self.output_dir = Path(output_dir)
+    def __post_init__(self) -> None:
+        """Make ``output_dir``; raises `JobError` if it cannot be made or written."""
         self.stats = count_outcomes()
         self.outcomes: list[Outcome] = []
-        self._workers, self._timeout_s, self._retries = workers, timeout, retries
-        self._command, self._on_outcome = command, on_outcome
-        self._console = console or Console(quiet)
+        self._directory = Path(self.output_dir)
+        self._console = self.console or Console(self.quiet)
         self._turn = threading.RLock()
         self._session: requests.Session | None = None
         try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
+                self._directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._directory).close()
         except (OSError, ValueError) as error:
-            raise directory_error(self.output_dir, error) from None
+            raise directory_error(self._directory, error) from None
 
     # What the orchestrator calls
 
     def find_all_polling_results(self, directory: str | Path = ".") -> list[Path]:
         """The results files in ``directory``, its ``video_outputs`` and the output directory."""
-        return find_results_files(
-            (directory, Path(directory) / DEFAULT_OUTPUT_DIR, self.output_dir)
-        )
+        places = (directory, Path(directory) / DEFAULT_OUTPUT_DIR, self._directory)
+        return find_results_files(places)
 
     def load_polling_results(self, path: str | Path) -> dict[str, Any]:
         """The object in results file ``path``; ``{}`` and a printed line when there is none."""
@@ -1983,22 +1736,21 @@ class VideoDownloader:
             self._console.complain(f"❌ {error}")
             return {}
 
-    def get_succeeded_tasks(self, results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    def get_succeeded_tasks(self, results: Object) -> list[Object]:
         """The raw rows, in order, that SUCCEEDED and have a usable ``video_url``.
 
         With ``RUNWAYML_API_SECRET`` set also those without, as Runway can be asked for one.
         """
-        tasks, _ = read_rows(as_object(results))
+        tasks, _, _ = read_rows(as_object(results))
         return [task.row for task in tasks if task.link or api_secret()]
 
-    def generate_filename_stub(self, task: Mapping[str, Any]) -> str:
+    def generate_filename_stub(self, task: Object) -> str:
         """The name that row ``task`` asks for, made safe, without suffix."""
         return task_from_row(as_object(task)).stub
 
-    def process_succeeded_task(self, task: Mapping[str, Any]) -> bool:
+    def process_succeeded_task(self, task: Object) -> bool:
         """Bring the video of row ``task`` to disk; whether it is there, new or before."""
-        self._console.say(*(f"  ⚠️ {wrong}" for wrong in wrong_fields(as_object(task))))
-        return self._run_safely([task_from_row(as_object(task))], numbered=False) == 1
+        return self._run_safely([task_from_row(as_object(task))]) == 1
 
     def process_polling_results_file(self, path: str | Path) -> int:
         """Bring all videos of results file ``path`` to disk; how many are there now."""
@@ -2007,139 +1759,126 @@ class VideoDownloader:
         return self._run_safely(tasks)
 
     def create_metadata_json(
-        self, task: Mapping[str, Any], video_path: str | Path, metadata_path: str | Path
+        self, task: Object, video_path: str | Path, metadata_path: str | Path
     ) -> bool:
         """Write the metadata of row ``task`` and the video on disk; whether it worked."""
         checked, video = task_from_row(as_object(task)), Path(video_path)
         try:
-            with disk_errors("write the metadata"), open(video, "rb") as file:
+            with disk_errors("read the video"), open(video, "rb") as file:
                 put_metadata(Path(metadata_path), checked, video.name, file_info(file))
-                return bool(checked.key)
-        except (DownloaderError, ValueError, FileExistsError) as error:
-            taken = isinstance(error, FileExistsError)
-            what = "that file is another's: left alone" if taken else printable(error)
-            self._console.complain(f"❌ {printable(metadata_path)}: {what}")
+        except (DownloaderError, OSError, ValueError) as error:
+            self._console.complain(f"❌ {printable(metadata_path)}: {printable(error)}")
             return False
+        return bool(checked.key)
 
     def print_final_stats(self) -> None:
         """Print the summary of everything done so far, the videos there, and what failed."""
         self._console.say(*statistics_lines(self.stats))
-        self._console.say(*storage_lines(self.output_dir, self.outcomes))
+        self._console.say(*storage_lines(self._directory, self.outcomes))
         self._console.complain(*failure_lines(self.outcomes))
 
     # The run
 
-    def _run_safely(self, tasks: Sequence[Task], numbered: bool = True) -> int:
-        before = len(self.outcomes)
+    def _run_safely(self, tasks: Sequence[Task]) -> int:
         try:
-            return self.run(tasks, numbered)
+            return self.run(tasks)
         except JobError as error:
             self._console.complain(f"❌ {error}")
-            self.stats["failed_downloads"] += len(tasks) - len(self.outcomes) + before
+            self.stats["failed_downloads"] += len(tasks) - len(self.outcomes) + self._before
             return 0
 
-    def run(self, tasks: Sequence[Task], numbered: bool = True) -> int:
+    def run(self, tasks: Sequence[Task]) -> int:
         """Bring ``tasks`` to disk; how many are there. Raises `JobError`, KeyboardInterrupt."""
         with self._turn:
             self.stats["total_succeeded"] += len(tasks)
-            reporter = Reporter(self._console, len(tasks), numbered)
-            shelf = Shelf.scan(self.output_dir) if numbered else self._look_around(tasks[0])
-            claimed: dict[str, str] = {}
-            jobs = []
+            self._total, self._before = len(tasks), len(self.outcomes)
+            shelf, claimed = Shelf.scan(self._directory), dict[str, str]()
+            jobs, existing = list[Plan](), 0
             for plan in plan_all(tasks, shelf, claimed):
-                size = plan.size_bytes
-                exists = outcome_of(plan, self.output_dir, Status.EXISTS, size_bytes=size)
-                waits = self._command and is_waiting(exists.path.with_suffix(".json"))
-                if plan.action is not Action.KEEP or waits:
+                is_due = self.command and is_waiting(plan.path.with_suffix(".json"))
+                if plan.action is not Action.KEEP or is_due:
                     jobs.append(plan)
                 else:
-                    self._record(exists, reporter)
-            reporter.say_hidden()
+                    existing += 1
+                    outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
+                    self._record(outcome, is_shown=existing <= EXISTING_SHOWN)
+            if (more := existing - EXISTING_SHOWN) > 0:
+                self._console.say("", f"  ⚠️ … and {more:,} more that already exist")
             if jobs:
-                self._session = self._session or make_session(self._workers)
-                transport = Transport(self._session, self._timeout_s)
-                place = Workplace(shelf, claimed, transport, self._retries, self._command)
-                self._work(sorted(jobs, key=urgency), place, reporter)
-            reporter.say_hidden()
-            if not reporter.failed:
-                sweep(self.output_dir, shelf.names)
-            return reporter.on_disk
+                self._work(sorted(jobs, key=urgency), shelf, claimed)
+            failed = count_outcomes(self.outcomes[self._before :])["failed_downloads"]
+            if not failed:
+                sweep(self._directory, shelf.names)
+            return len(tasks) - failed
 
-    def _look_around(self, task: Task) -> Shelf:
-        """A scan of the directory; for one task that is done, a look at its names is enough."""
-        bare = Shelf(self.output_dir, [hidden_path(self.output_dir, task.key).name])
-        is_done = plan_task(task, bare, {}).action is Action.KEEP
-        return bare if is_done else Shelf.scan(self.output_dir)
-
-    def _work(self, jobs: Sequence[Plan], place: Workplace, reporter: Reporter) -> None:
+    def _work(self, jobs: Sequence[Plan], shelf: Shelf, claimed: dict[str, str]) -> None:
         """Carry ``jobs`` out in worker threads; report each in this one."""
+        self._session = self._session or make_session(self.workers)
+        place = Workplace(shelf, claimed, self._session, self.timeout, self.retries, self.command)
         try:
-            tempfile.TemporaryFile(dir=self.output_dir).close()
-        except OSError as error:
-            raise directory_error(self.output_dir, error) from None
-
-        def report(plan: Plan, result: Outcome | Exception) -> None:
-            if isinstance(result, JobError):
-                raise result
-            if isinstance(result, Exception):
-                text = f"unexpected {type(result).__name__}: {printable(result)}"
-                fault = TaskError(text, "please report it")
-                result = outcome_of(plan, self.output_dir, Status.FAILED, fault=fault)
-            self._record(result, reporter)
-
-        def tick(left: int) -> None:
-            active = list(place.active.values())
-            received = sum(place.received) + sum(each.received for each in active)
-            reporter.tick(active, received, left if left == len(crew.waiting) else 0)
-
-        crew = Crew(lambda plan: Download(plan, place).run(), report, place.transport.stop)
-        try:
-            crew.do(jobs, self._workers, tick)
+            self._lead(Crew(place, jobs, self.workers), place)
         except JobError:  # make room, of what workers still hold as well
-            for download in list(place.active.values()):
-                remove_part(hidden_path(self.output_dir, download.plan.task.key))
-            sweep(self.output_dir, os.listdir(self.output_dir))
+            for part in [each.part for each in place.downloads if not each.part.file.closed]:
+                remove_part(part.path)
+            sweep(self._directory, os.listdir(self._directory))
             raise
+
+    def _lead(self, crew: Crew, place: Workplace) -> None:
+        """Report what the ``crew`` does; have it end soon if anything is wrong."""
+        started, told = time.monotonic(), False
+        try:
+            for result in crew.results():
+                if isinstance(result, JobError):
+                    raise result
+                if isinstance(result, Outcome):
+                    self._record(result)
+                    continue
+                done, for_s = len(self.outcomes) - self._before, time.monotonic() - started
+                parts = progress_parts(self._total, done, place.downloads, for_s)
+                if crew.left == len(crew.held):
+                    parts[1:] = [
+                        f"⏳ Waiting for {counted(crew.left)} that another run has in hand"
+                    ]
+                    self._console.say(*([] if told else ["", parts[1]]))
+                    told = True
+                self._console.show_progress(parts)
         finally:
+            place.stop.set()
+            crew.todo.put(None)
+            for result in crew.results(time.monotonic() + STOP_GRACE_S):
+                if isinstance(result, Outcome):
+                    self._record(result)
             self._console.show_progress([])
             with contextlib.suppress(OSError):  # have the names reach the disk as well
-                descriptor = os.open(self.output_dir, os.O_RDONLY)
+                descriptor = os.open(self._directory, os.O_RDONLY)
                 os.fsync(descriptor)
                 os.close(descriptor)
 
-    def _record(self, outcome: Outcome, reporter: Reporter) -> None:
+    def _record(self, outcome: Outcome, is_shown: bool = True) -> None:
         """Print and count ``outcome``, and tell the caller."""
-        reporter.finished(outcome)
         self.outcomes.append(outcome)
         self.stats[STATISTICS[outcome.status]] += 1
-        if self._on_outcome:
-            self._on_outcome(outcome)
+        if is_shown:
+            number = f"{len(self.outcomes) - self._before}/{self._total}"
+            self._console.say(*outcome_lines(outcome, number))
+        if self.on_outcome:
+            self.on_outcome(outcome)
 
 
 def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], list[str]]:
     """The tasks of results files, latest first, each once; and what kept files from use."""
-    found: list[Task] = []
-    errors: list[str] = []
-    for number, path in enumerate(paths):
-        if number < LISTED:
-            console.say("", f"📋 Processing: {printable(path.name)}")
+    found, errors = list[Task](), list[str]()
+    for path in paths:
+        console.say("", f"📋 Processing: {printable(path.name)}")
         try:
-            tasks, remarks = read_rows(read_results(path))
+            tasks, others, wrong = read_rows(read_results(path))
         except JobError as error:
             errors.append(str(error))
             continue
         found += tasks
-        if number < LISTED:
-            console.say(f"  ✅ Found {len(tasks)} SUCCEEDED tasks")
-            console.say(*(f"  {remark}" for remark in remarks if remark[0] == "ℹ"))
-        wrong = [f"  {remark}" for remark in remarks if remark[0] == "⚠"]
+        console.say(f"  ✅ Found {len(tasks)} SUCCEEDED tasks", *others)
         console.complain(*shortened(wrong, NAMES_SHOWN))
-    if len(paths) > LISTED:
-        console.say("", f"  … and {len(paths) - LISTED:,} more files")
-    merged = merge_tasks(found)
-    if len(merged) < len(found):
-        console.say("", f"  ✅ Found {len(merged):,} different SUCCEEDED tasks in all")
-    return merged, errors
+    return merge_tasks(found), errors
 
 
 # --- Looking without downloading: --dry-run and --verify --------------------------------------
@@ -2148,111 +1887,86 @@ def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], lis
 def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> list[Outcome]:
     """List what a run would do, soonest to expire first; no request, nothing written."""
     counts = Counter({"to do": 0, "expired": 0, "already there": 0})
-    outcomes = []
-    console.say("")
+    found = list[Outcome]()
     for plan in sorted(plan_all(tasks, Shelf.scan(directory), {}), key=urgency):
-        expiry, status, fault = link_expiry(plan.task.link), Status.PENDING, None
-        word, said = "to do", "the link does not say when it expires"
-        if plan.action is Action.KEEP:
-            word, status = "already there", Status.EXISTS
-        elif plan.action is Action.ADOPT:
-            said = "is there, metadata would be created"
-        elif not plan.task.link:
-            said = 'the row has no usable "video_url"'
-            if not api_secret():
-                fault = TaskError(said, "set RUNWAYML_API_SECRET to fetch one")
-                word, status = "without a link", Status.FAILED
-        elif expiry is not None:
-            word = "expired" if expiry <= time.time() else "to do"
-            tense = "expired" if word == "expired" else "expires"
-            said = f"the link {tense} {utc_time(expiry):%Y-%m-%d %H:%M:%S} UTC"
-        counts[word] += 1
-        more = {"fault": fault, "expires": utc_time(expiry).isoformat() if expiry else ""}
-        size = plan.size_bytes or None
-        outcomes.append(outcome_of(plan, directory, status, size_bytes=size, **more))
+        expiry, is_there = link_expiry(plan.task.link), plan.action is Action.KEEP
+        is_dead = expiry is not None and expiry <= time.time()
+        said = "the link does not say when it expires" if plan.task.link else NO_LINK
+        if expiry is not None:
+            said = f"the link {'expired' if is_dead else 'expires'} {utc_text(expiry)}"
+        lost = not (plan.task.link or is_there or api_secret())
+        fault = TaskError(NO_LINK, "set RUNWAYML_API_SECRET to fetch one") if lost else None
+        status = Status.EXISTS if is_there else Status.FAILED if lost else Status.PENDING
+        word = "without a link" if lost else "expired" if is_dead else "to do"
+        counts["already there" if is_there else word] += 1
+        expires = datetime.fromtimestamp(expiry, timezone.utc).isoformat() if expiry else ""
+        found.append(Outcome(plan.task, status, plan.path, plan.size_bytes, fault, expires=expires))
         if status is not Status.EXISTS:
-            console.say(f"  {outcomes[-1].label}: {said}")
+            console.say(f"  {found[-1].label}: {said}")
     total = ", ".join(f"{count:,} {word}" for word, count in counts.items())
     console.say("", f"🔎 Dry run: {total}")
-    return outcomes
+    return found
 
 
-def verify(
-    directory: Path, tasks: Sequence[Task], in_part: Callable[[str], bool], console: Console
-) -> list[Outcome]:
-    """Check every video that has metadata, and that each of ``tasks`` has one; no request."""
-    if not tasks and not os.path.lexists(directory):
+def verify(directory: Path, console: Console) -> list[Outcome]:
+    """Check every video that has metadata, and name those that have none; no request."""
+    if not os.path.lexists(directory):
         raise JobError(f"the output directory {printable(directory)} is not there")
-    shelf = Shelf.scan(directory)
-    videos = {name for name in shelf.names if name.endswith(".mp4") and name[0] != "."}
+    names = Shelf.scan(directory).names
+    bare = {name for name in names if name.endswith(".mp4") and name[0] != "."}
     outcomes = []
-    for number, name in enumerate(shelf.names):
-        video, metadata = directory / f"{name.removesuffix('.json')}.mp4", {}
-        if name.endswith(".json") and name[0] != ".":
-            metadata = read_metadata(directory / name)
+    for name in names:
+        path = directory / f"{name.removesuffix('.json')}.mp4"
+        metadata = read_metadata(directory / name) if name.endswith(".json") else {}
         if as_object(metadata.get("runway_task_json")):
-            videos.discard(video.name)
-            if in_part(safe_stub(text_of(metadata, "target_filename_stub")) or video.stem):
-                console.show_progress([f"🔎 {number}/{len(shelf.names)}"])
-                outcomes.append(check_video(video, metadata))
-    for plan in plan_all(tasks, shelf, {}):
-        is_there = plan.action in (Action.ASK, Action.ADOPT)  # named below
-        if plan.task.key not in shelf.homes and not is_there:
-            fault = TaskError("has not been downloaded", "run again without --verify")
-            outcomes.append(outcome_of(plan, directory, Status.FAILED, fault=fault))
-    if videos:
-        console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(videos))}")
-        bare = [f"    {printable(name)}" for name in sorted(videos)]
-        console.say(*shortened(bare, NAMES_SHOWN))
+            bare.discard(path.name)
+            console.show_progress([f"🔎 {len(outcomes):,} videos checked"])
+            outcomes.append(check_video(path, metadata))
+    if bare:
+        console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(bare))}")
+        console.say(*(f"    {printable(name)}" for name in shortened(sorted(bare), NAMES_SHOWN)))
     bad = count_outcomes(outcomes)["failed_downloads"]
     console.say("", f"🔎 Verified: {len(outcomes) - bad:,} whole, {bad:,} with a problem")
     console.complain(*failure_lines(outcomes))
     return outcomes
 
 
-def check_video(video: Path, metadata: Mapping[str, Any]) -> Outcome:
-    """Hold ``video`` against its ``metadata``."""
-    task_id, _ = metadata_task(metadata)
-    info, size_bytes = as_object(metadata.get("file_info")), file_bytes(video)
+def check_video(path: Path, metadata: Object) -> Outcome:
+    """Hold the video ``path`` against its ``metadata``."""
+    task = task_from_row(as_object(metadata.get("runway_task_json")))
+    info, size = as_object(metadata.get("file_info")), file_bytes(path)
     reason, detail, hint = "", "", "if you edited it, leave it; else delete it and run again"
-    wanted = info.get("size_bytes", size_bytes)
     try:
-        if size_bytes is None:
-            reason = "is no file" if os.path.lexists(video) else "is missing"
-            raise TaskError(reason, "run again without --verify")
-        with disk_errors("read it"), open(video, "rb") as file:
-            if size_bytes != wanted:
-                reason = "has another size than what was downloaded"
-                said = f"{wanted:,}" if isinstance(wanted, int) else printable(wanted)
-                detail = f"{size_bytes:,} bytes, {said} were downloaded"
-            elif info.get("sha256") and size_bytes:
-                is_same = file_info(file)["sha256"] == info["sha256"]
-                reason = "" if is_same else "has another SHA-256 than what was downloaded"
-            elif (content := inspect(file, size_bytes)) is not Content.WHOLE:
-                reason = f"is {content.value}"
-        if reason:
-            raise TaskError(reason, hint, detail)
-    except TaskError as fault:
-        return Outcome(task_id, Status.FAILED, str(video), fault=fault)
-    return Outcome(task_id, Status.EXISTS, str(video), size_bytes)
+        if size is None:
+            raise TaskError("the video is missing", "run again without --verify")
+        with disk_errors("read it"), open(path, "rb") as file:
+            if size != info.get("size_bytes", size):
+                reason = "another size than when it was downloaded"
+                detail = f"{size:,} bytes, not {info['size_bytes']}"
+            elif size and "sha256" in info:
+                is_same = hash_file(file).hexdigest() == info["sha256"]
+                reason = "" if is_same else "another SHA-256 than when it was downloaded"
+            elif (content := inspect(file, size)) is not Content.WHOLE:
+                reason = f"it is {content.value}"
+        fault = TaskError(reason, hint, printable(detail)) if reason else None
+    except TaskError as error:
+        fault = error
+    return Outcome(task, Status.FAILED if fault else Status.EXISTS, path, size, fault)
 
 
 # --- The gallery: one page that shows the videos ----------------------------------------------
 
-# A browser takes a second for 300 players, so one is made when its card comes near the view, from
-# what is for browsers without scripts, and let go far from it.
+# A browser takes a second for 300 players, so each is made when its card comes near the view,
+# from what is for browsers without scripts.
 GALLERY_JS = r"""const cards = [...document.querySelectorAll("article")];
-const watcher = new IntersectionObserver(seen => seen.forEach(({target, isIntersecting: near}) => {
-  const [raw, old] = target.firstElementChild.children;
-  if (near && !old) raw.insertAdjacentHTML("afterend", raw.textContent.replace("none", "metadata"));
-  if (!near && old?.paused) { old.src = ""; old.remove(); }
+const watcher = new IntersectionObserver(seen => seen.forEach(({target, isIntersecting}) => {
+  const raw = target.querySelector("noscript");
+  if (isIntersecting && raw) raw.outerHTML = raw.textContent.replace("none", "metadata");
 }), {rootMargin: "50%"});
 cards.forEach(card => watcher.observe(card));
-const texts = cards.map(card => [...card.querySelectorAll("h2, p, dd")]
-  .map(part => part.textContent).join("\n").toLowerCase());
 search.oninput = () => {
   const words = search.value.toLowerCase().split(/\s+/);
-  cards.forEach((card, i) => { card.hidden = !words.every(word => texts[i].includes(word)); });
+  for (const card of cards) card.hidden = !words.every(word => card.dataset.text.includes(word));
   count.value = `${cards.filter(card => !card.hidden).length} of ${cards.length} videos`;
 };"""
 
@@ -2260,33 +1974,25 @@ GALLERY_PAGE = string.Template("""<!DOCTYPE html>
 <html lang=en><meta charset=utf-8><title>Videos</title>
 <meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <meta name="generator" content="download_succeeded_videos"><link rel="icon" href="data:,">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; media-src 'self' file:;
- style-src 'unsafe-inline'; script-src 'sha256-$hash'; base-uri 'none'; form-action 'none'">
-<style>@media (scripting: none) { input { display: none; } }
-* { margin: 0; }
+<style>@media (scripting: none) { input { display: none; } } * { margin: 0; }
 body { font: 15px/1.5 system-ui, sans-serif; background: light-dark(#eff1f4, #111317); }
-header, main { display: grid; gap: 1.2rem; padding: 1rem 1.2rem; }
-header { grid-template-columns: auto minmax(0, 30rem); justify-content: space-between; }
-header { position: sticky; top: 0; z-index: 1; align-items: center; background: inherit; }
+header, main { display: grid; gap: 1.2rem; padding: 1rem 1.2rem; align-items: start; }
+header { position: sticky; top: 0; z-index: 1; grid-template-columns: auto minmax(0, 30rem);
+  justify-content: space-between; background: inherit; }
 input { font: inherit; padding: .4rem 1rem; border: 1px solid gray; border-radius: 2rem; }
 main { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-main:not(:has(article:not([hidden])))::after { content: "No videos here."; }
 article { content-visibility: auto; contain-intrinsic-size: auto 25rem; border-radius: 1rem;
-  background: light-dark(#fff, #1d2026); overflow-wrap: anywhere; }
-h2, p, details, dl { margin: .7rem 1rem; font-size: 1em; }
+  background: light-dark(#fff, #1d2026); overflow: hidden; overflow-wrap: anywhere; }
 figure, video { display: block; width: 100%; aspect-ratio: 16 / 9; background: #000; }
-p, dd { white-space: pre-wrap; max-height: 25rem; overflow: auto; }
-a { color: inherit; text-decoration: none; }
-article:has(details:not([open])) p { max-height: 4.5em; overflow: hidden; }
+h2, p, dl { margin: .7rem 1rem; font-size: 1em; } a { color: inherit; text-decoration: none; }
+p { white-space: pre-wrap; max-height: 6em; overflow: auto; } dt { opacity: .7; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; font-size: .85em; }
-dt, summary, ::placeholder { color: inherit; opacity: .7; }
-</style>
-<header><output id="count" aria-live="polite">$n of $n videos</output>
+</style><header><output id="count" aria-live="polite">$n of $n videos</output>
 <input id="search" type="search" aria-label="Search" placeholder="Search" autocomplete="off">
 </header><main>$cards</main><script>$js</script>""")
 
 
-def gallery_card(video: Path, metadata: Mapping[str, Any]) -> str:
+def gallery_card(video: Path, metadata: Object) -> str:
     """The HTML of one video, whatever its ``metadata`` holds; never its link."""
     row = {**metadata, **as_object(metadata.get("runway_task_json"))}
     texts = {key: html.escape(str(row[key])) for key in row if isinstance(row[key], str | int)}
@@ -2294,12 +2000,12 @@ def gallery_card(video: Path, metadata: Mapping[str, Any]) -> str:
     texts |= {"size": megabytes(file_bytes(video) or 0), "date": date[:16].replace("T", " ")}
     labels = {"theme": "Theme", "seed": "Seed", "size": "Size", "date": "Date", "task_id": "Task"}
     facts = [f"<dt>{labels[key]}<dd>{texts[key]}" for key in labels if texts.get(key)]
-    more = "<details><summary>Whole prompt</summary></details>" if len(prompt) > 160 else ""
     name, link = html.escape(video.name), quote(os.fsencode(video.name))
+    found_by = " ".join([name, prompt, *(texts.get(key, "") for key in labels)]).lower()
     return (
-        '<article><figure><noscript><video controls loop playsinline preload="none"'
-        f' aria-label="{name}" src="./{link}#t=0.001"></video></noscript></figure>'
-        f'<h2 dir="auto"><a href="./{link}">{name}</a></h2><p dir="auto">{prompt}</p>{more}'
+        f'<article data-text="{found_by}"><figure><noscript><video controls loop playsinline'
+        f' preload="none" aria-label="{name}" src="./{link}#t=0.001"></video></noscript></figure>'
+        f'<h2 dir="auto"><a href="./{link}">{name}</a></h2><p dir="auto">{prompt}</p>'
         f"<dl>{''.join(facts)}</dl></article>\n"
     )
 
@@ -2307,24 +2013,19 @@ def gallery_card(video: Path, metadata: Mapping[str, Any]) -> str:
 def write_gallery(directory: Path, console: Console) -> None:
     """Write the page that shows every video with metadata, newest first.
 
-    Leaves a page alone that is not this script's, and says so; raises `JobError`.
+    Leaves a page alone that is not this script's, and says so; raises `DownloaderError`.
     """
     page, mark = directory / GALLERY_NAME, b'content="download_succeeded_videos"'
-    found = [(directory / f"{stub}.mp4", read_metadata(directory / f"{stub}.json"))
+    pairs = [(directory / f"{stub}.mp4", read_metadata(directory / f"{stub}.json"))
              for stub in Shelf.scan(directory).homes.values()]  # fmt: skip
-    found = [each for each in found if file_bytes(each[0])]
-    found.sort(key=lambda each: text_of(each[1], "download_timestamp"), reverse=True)
-    cards = [gallery_card(video, metadata) for video, metadata in found]
-    script = base64.b64encode(hashlib.sha256(GALLERY_JS.encode()).digest()).decode()
-    text = GALLERY_PAGE.substitute(cards="".join(cards), n=len(cards), hash=script, js=GALLERY_JS)
-    try:
+    pairs.sort(key=lambda pair: text_of(pair[1], "download_timestamp"), reverse=True)
+    cards = [gallery_card(*pair) for pair in pairs if file_bytes(pair[0])]
+    text = GALLERY_PAGE.substitute(cards="".join(cards), n=len(cards), js=GALLERY_JS)
+    with disk_errors(f"write the gallery {printable(page)}"):
         if os.path.lexists(page) and mark not in page.read_bytes()[:READ_BYTES]:
             console.complain("", f"⚠️ {printable(page)} is not this script's: left alone")
             return
-        with disk_errors("write the gallery"):
-            write_whole(page, text.encode(errors="replace"), GALLERY_NAME, replaces=True)
-    except (OSError, TaskError) as error:
-        raise JobError(f"the gallery {printable(page)} cannot be written: {error}") from None
+        write_whole(page, text.encode(errors="replace"), GALLERY_NAME, replaces=True)
     console.say("", f"🖼️ Gallery: {printable(page)} ({counted(len(cards))})")
 
 
@@ -2351,12 +2052,9 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_command(text: str) -> tuple[str, ...]:
+def command(text: str) -> tuple[str, ...]:
     """The words of a command that is there, with no other ``{word}`` than is filled in."""
-    try:
-        words = shlex.split(text.replace("\\", "\\\\") if os.name == "nt" else text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    words = shlex.split(text.replace("\\", "\\\\") if os.name == "nt" else text)
     if not words or not shutil.which(words[0]):
         raise argparse.ArgumentTypeError(f"{text!r}: there is no such command")
     if unknown := set(re.findall(r"\{\w+\}", text)) - {"{video}", "{metadata}"}:
@@ -2364,27 +2062,25 @@ def parse_command(text: str) -> tuple[str, ...]:
     return tuple(words)
 
 
+SETTINGS = ("workers", "timeout", "retries", "command")  # of `VideoDownloader`
+
+
 def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     on: dict[str, Any] = {"action": "store_true"}
-    add("files", nargs="*", type=Path, metavar="FILE",
-        help=f"results files (default: the latest {RESULTS_PREFIX}*.json)")  # fmt: skip
+    whole, some = bounded(int, 1, MAX_WORKERS), "(default: %(default)s)"
+    add("files", nargs="*", type=Path, metavar="FILE", help="results files (default: the latest)")
     add("--polling-results-file", type=Path, metavar="FILE", help="the same, for one file")
     add("--all", **on, help="read every results file, latest first")
-    add("--output-dir", type=Path, metavar="DIR", default=Path(DEFAULT_OUTPUT_DIR),
-        help="where the videos go (default: %(default)s; created)")  # fmt: skip
-    add("--workers", type=bounded(int, 1, MAX_WORKERS), metavar="N", default=DEFAULT_WORKERS,
-        help=f"videos at a time, 1 to {MAX_WORKERS} (default: %(default)s)")  # fmt: skip
-    add("--timeout", type=bounded(float, 0.001, 86400), metavar="SECONDS",
-        default=DEFAULT_TIMEOUT_S,
-        help="for connecting and for each wait for data (default: %(default)g)")  # fmt: skip
-    add("--retries", type=bounded(int, 0, 1000), metavar="N", default=DEFAULT_RETRIES,
-        help="more tries after one that brought nothing new (default: %(default)s)")  # fmt: skip
-    add("--shard", type=parse_shard, metavar="K/N", default=(1, 1),
-        help="only the K-th of N equal parts, for machines that share no directory")  # fmt: skip
-    add("--exec", type=parse_command, metavar="CMD", default=(), dest="command",
+    add("--output-dir", type=Path, metavar="DIR", help=f"where the videos go; created {some}")
+    add("--workers", type=whole, metavar="N", help=f"videos at a time, 1 to {MAX_WORKERS} {some}")
+    whole, seconds = bounded(int, 0, 1000), bounded(float, 0.001, 86400)
+    add("--timeout", type=seconds, metavar="SECONDS", help=f"for each wait for a server {some}")
+    add("--retries", type=whole, metavar="N", help=f"more tries, if one brought nothing {some}")
+    add("--shard", type=parse_shard, metavar="K/N", help="only the K-th of N equal parts")
+    add("--exec", type=command, metavar="CMD", dest="command",
         help='hand each new video over to "CMD {video} {metadata}", without a shell')  # fmt: skip
     add("--gallery", **on, help=f"write DIR/{GALLERY_NAME}, a page that shows the videos")
     mode = parser.add_mutually_exclusive_group()
@@ -2393,6 +2089,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("-q", "--quiet", **on, help="print what is wrong, and nothing else")
     add("--json", **on, help="one JSON object on stdout, all else on stderr")
     add("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.set_defaults(**{name: getattr(VideoDownloader, name) for name in SETTINGS})
+    parser.set_defaults(output_dir=Path(DEFAULT_OUTPUT_DIR), shard=(1, 1))
     return parser
 
 
@@ -2413,14 +2111,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def choose_results_files(options: argparse.Namespace, console: Console) -> list[Path]:
     """The results files the command line asks for; raises `JobError` when there are none."""
-    if options.files or (options.verify and not options.all):
-        return latest_first(options.files)
+    if options.files:
+        return sorted(options.files, key=results_time, reverse=True)
     places = (".", DEFAULT_OUTPUT_DIR, options.output_dir)
     files = find_results_files(places)
     if not files:
         searched = ", ".join(dict.fromkeys(printable(Path(place).resolve()) for place in places))
-        hint = "run the polling step first, or name a results file"
-        raise JobError(f"No polling results found in {searched} — {hint}")
+        raise JobError(f"No polling results found in {searched} — run the polling step first")
     if options.all:
         console.say(f"🔍 Found {len(files):,} polling results files")
         return files
@@ -2431,25 +2128,21 @@ def choose_results_files(options: argparse.Namespace, console: Console) -> list[
 def do(options: argparse.Namespace, console: Console, outcomes: list[Outcome]) -> str:
     """Do what the command line says, and add the ``outcomes``; what was wrong with its input.
 
-    Raises `JobError` and `Stopped`.
+    Raises `JobError` and KeyboardInterrupt.
     """
+    if options.verify:
+        outcomes += verify(options.output_dir, console)
+        return ""
     paths = choose_results_files(options, console)
     tasks, errors = read_tasks(paths, console)
-    unread = "; ".join(shortened(errors, LISTED, "and {} more results files"))
+    unread = "; ".join(shortened(errors, LISTED))
     if errors and len(errors) == len(paths):
         raise JobError(unread)
-    number, parts = options.shard
-    tasks = [task for task in tasks if in_shard(task.stub, number, parts)]
-    if parts > 1:
-        console.say(f"  🧩 Shard {number}/{parts}: {counted(len(tasks))}")
-    if options.verify:
-        in_part = functools.partial(in_shard, number=number, parts=parts)
-        outcomes += verify(options.output_dir, tasks, in_part, console)
-    elif options.dry_run:
+    tasks = [task for task in tasks if in_shard(task.stub, options.shard)]
+    if options.dry_run:
         outcomes += dry_run(tasks, options.output_dir, console)
     else:
-        names = ("workers", "timeout", "retries", "command")
-        settings = {name: getattr(options, name) for name in names}
+        settings = {name: getattr(options, name) for name in SETTINGS}
         downloader = VideoDownloader(options.output_dir, console=console, **settings)
         downloader.outcomes = outcomes
         try:
@@ -2461,11 +2154,11 @@ def do(options: argparse.Namespace, console: Console, outcomes: list[Outcome]) -
     return unread
 
 
-def raise_stopped(number: int, _frame: FrameType | None) -> NoReturn:
+def stop(number: int, _frame: object) -> NoReturn:
     """Handle Ctrl-C and SIGTERM, once: since a kill at any instant is harmless, by raising."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # `timeout` and CI runners send two
-    raise Stopped(number)
+    raise KeyboardInterrupt(number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2475,34 +2168,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes: list[Outcome] = []
     try:
         error = do(options, console, outcomes)
-        failed = error or any(outcome.fault for outcome in outcomes)
-        exit_code = EXIT_INCOMPLETE if failed else 0
-    except JobError as job_error:
-        exit_code, error = EXIT_CANNOT, str(job_error)
-    except Stopped as stopped:
-        exit_code, error = 128 + stopped.number, str(stopped)
-    if error:
-        console.complain("", f"❌ {error}")
+        exit_code = 3 if error or any(outcome.fault for outcome in outcomes) else 0
+    except DownloaderError as fatal:
+        exit_code, error = 1, str(fatal)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        exit_code = 128 + number
+        error = f"stopped by {signal.Signals(number).name}, run again to go on"
+    console.complain(*(["", f"❌ {error}"] if error else []))
     if options.json:
         videos = [outcome.as_json() for outcome in outcomes]
         report: dict[str, Any] = {"stats": count_outcomes(outcomes), "videos": videos}
         report |= {"exit_code": exit_code, "error": error or None}
-        if not console.write(sys.stdout, json.dumps(report, indent=2) + "\n"):
-            console.complain("❌ the JSON could not be written")
-            return EXIT_CANNOT
+        try:
+            print(json.dumps(report, indent=2), flush=True)
+        except OSError as unwritten:
+            console.complain(f"❌ the JSON could not be written: {unwritten.strerror}")
+            return 1
     return exit_code
-
-
-def leave(exit_code: int) -> NoReturn:
-    """Exit at once: worker threads may still wait for a server."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(OSError, ValueError):  # its reader has gone
-            stream.flush()
-    os._exit(exit_code)
 
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, raise_stopped)
-    leave(main())
+            signal.signal(number, stop)
+    os._exit(main())  # at once: worker threads may still wait for a server
