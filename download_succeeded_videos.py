@@ -1914,7 +1914,7 @@ def verify(directory: Path, console: Console) -> list[Outcome]:
         raise JobError(f"the output directory {printable(directory)} is not there")
     names = Shelf.scan(directory).names
     bare = {name for name in names if name.endswith(".mp4") and name[0] != "."}
-    outcomes = []
+    outcomes = list[Outcome]()
     for name in names:
         path = directory / f"{name.removesuffix('.json')}.mp4"
         metadata = read_metadata(directory / name) if name.endswith(".json") else {}
