@@ -1051,16 +1051,16 @@ class Workplace:
 
         Raises `TransientError` for 429 and 503, and what `explain` makes of other faults.
         """
-        host = urlsplit(link).netloc
-        if host not in self._paces:
-            self._paces.setdefault(host, Pace(get_environ_proxies(link, no_proxy=None)))
-        pace = self._paces[host]
-        while (delay_s := pace.take_turn(self.clock(), random.random())) > 0:
-            self.wait(delay_s)
-        asked, timeout = self.clock(), (self.timeout_s, self.timeout_s)
-        how |= {"headers": headers, "proxies": pace.proxies, "timeout": timeout, "stream": True}
         try:
-            response = self.session.get(link, **how)
+            host = urlsplit(link).netloc
+            if host not in self._paces:
+                self._paces.setdefault(host, Pace(get_environ_proxies(link, no_proxy=None)))
+            pace = self._paces[host]
+            while (delay_s := pace.take_turn(self.clock(), random.random())) > 0:
+                self.wait(delay_s)
+            asked, timeout = self.clock(), (self.timeout_s, self.timeout_s)
+            how |= {"headers": headers, "proxies": pace.proxies, "timeout": timeout}
+            response = self.session.get(link, stream=True, **how)
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
         if response.status_code not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
@@ -1120,7 +1120,7 @@ def explain(error: BaseException | None, timeout_s: float) -> TaskError:
         hint = "set REQUESTS_CA_BUNDLE to the bundle that holds its CA"
         return TaskError("the server's certificate is not trusted", hint)
     if isinstance(error, (requests.TooManyRedirects, ValueError)):
-        hint = "look at HTTPS_PROXY, or run the polling step again for another link"
+        hint = "look at the link, HTTPS_PROXY and RUNWAYML_API_SECRET"
         return TaskError("the link or the proxy leads to no usable address", hint)
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
         return TransientError(f"stalled: nothing came within {timeout_s:g} s")
@@ -1147,7 +1147,7 @@ def fetch_fresh_link(task_id: str, place: Workplace) -> str:
     base_url = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
     headers = {"Authorization": f"Bearer {api_secret()}", "X-Runway-Version": "2024-11-06"}
     try:
-        link = f"{base_url}/v1/tasks/{quote(task_id, safe='')}"
+        link = f"{base_url}/v1/tasks/{quote(task_id, '', errors='replace')}"
         with place.get(link, headers, allow_redirects=False) as response:
             status, body = response.status_code, b""
             if status != 200 and status not in RETRIED_STATUSES:
@@ -1710,7 +1710,7 @@ class VideoDownloader:
         """Make ``output_dir``; raises `JobError` if it cannot be made or written."""
         self.stats = count_outcomes()
         self.outcomes: list[Outcome] = []
-        self._directory = Path(self.output_dir)
+        self.output_dir = self._directory = Path(self.output_dir)
         self._console = self.console or Console(self.quiet)
         self._turn = threading.RLock()
         self._session: requests.Session | None = None
