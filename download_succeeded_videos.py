@@ -33,7 +33,7 @@ environment:
 #     results file -> tasks -> names and plan -> part file -> transfer -> outcome -> summary
 #
 # Pure functions over small frozen records decide. `Shelf` reads the directory, `PartFile` and
-# `put_metadata` write to it, `Transport` asks servers, `Console` prints; `Download` does one
+# `put_metadata` write to it, `Workplace` asks servers, `Console` prints; `Download` does one
 # task from start to end in a worker thread, and a `Crew` of them works in parallel.
 
 from __future__ import annotations
@@ -956,7 +956,7 @@ def check_status(status: int, headers: Mapping[str, str]) -> None:
         raise TaskError(f"the server answered HTTP {status}", hint)
 
 
-# --- Transport: requests, with one TLS context, a pace for all, and an eye on the rate --------
+# --- Asking servers: one TLS context, a pace for all, and an eye on the rate ------------------
 
 
 class SharedContextAdapter(requests.adapters.HTTPAdapter):
@@ -1020,6 +1020,7 @@ class Pace:
     def overloaded(self, now: float, asked: float, hold_s: float) -> bool:
         """Slow down, once for all requests of a burst; whether others are still served."""
         if now - self._served > STILL_SERVING_S:
+            self._interval_s = 0.0
             return False
         if asked >= self._slowed:
             self._slowed, self._interval_s = now, min(1.0, max(0.05, 2 * self._interval_s))
@@ -1069,9 +1070,8 @@ class Workplace:
         response.close()
         wait_s = retry_after_s(response.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
-        still_serves = pace.overloaded(self.clock(), asked, hold_s)
-        reason = f"the server answered HTTP {response.status_code}"
-        raise TransientError(reason, wait_s, costs=not still_serves)
+        serves = pace.overloaded(self.clock(), asked, hold_s)
+        raise TransientError(f"the server answered HTTP {response.status_code}", wait_s, not serves)
 
     def wait(self, seconds: float) -> None:
         if self.stop.wait(seconds):

@@ -1847,6 +1847,25 @@ def test_a_name_taken_at_the_last_moment_stays_whose_it_is(cdn: Cdn, tmp_path: P
 # A directory that is not ours alone.
 
 
+def test_where_nothing_can_be_removed_the_requests_are_bounded(cdn: Cdn, tmp_path: Path) -> None:
+    rows = serve(cdn, 4)
+    cdn.replies["/1.mp4"] = [Reply(send=HALF)]
+    cdn.replies["/2.mp4"] = [Reply(send=HALF, headers={"ETag": None})]
+    cdn.replies["/3.mp4"] = [Reply(body=make_mp4(3)[:HALF])]
+    output_dir = tmp_path / "video_outputs"
+    output_dir.mkdir()
+    if not shutil.which("chattr") or subprocess.run(["chattr", "+a", output_dir]).returncode != 0:
+        pytest.skip("no right to forbid removal, or a file system that cannot")
+    try:
+        result = download(tmp_path, rows, "--retries", "1")
+        assert result.returncode == 3
+        assert max(Counter(request.path for request in cdn.requests).values()) <= 4
+        assert_whole(output_dir, "picture_0", make_task_id(0), make_mp4(0))
+        assert max(path.stat().st_size for path in output_dir.iterdir()) <= len(make_mp4(0))
+    finally:
+        subprocess.run(["chattr", "-a", output_dir], check=True)
+
+
 STRANGER = 65533
 ORDINARY_USER = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner"]
 
@@ -1904,9 +1923,10 @@ def test_a_server_that_asks_to_hold_back_is_obeyed_and_all_come_home(tmp_path: P
             assert 0 < cdn.refused < 120
 
 
-def test_fewer_threads_than_asked_for_are_no_failure(cdn: Cdn, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [0, 3])
+def test_fewer_threads_than_asked_for_are_no_failure(cdn: Cdn, tmp_path: Path, count: int) -> None:
     no_more = "raise RuntimeError('no more threads')"
-    env = sabotage(tmp_path / "s", "count > 3", no_more, "threading.Thread.start")
+    env = sabotage(tmp_path / "s", f"count > {count}", no_more, "threading.Thread.start")
     result = download(tmp_path, serve(cdn, 9), run=run_process, env=env)
     assert (result.returncode, result.stderr) == (0, "")
     assert_home(tmp_path / "video_outputs", 9)
