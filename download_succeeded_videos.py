@@ -610,7 +610,7 @@ def hidden_path(directory: Path, key: str) -> Path:
 
 def remove(path: Path) -> None:
     with contextlib.suppress(OSError):
-        path.unlink()
+        os.unlink(path)
 
 
 # --- The directory and the plan: which name, and download, adopt or leave ---------------------
@@ -832,7 +832,7 @@ class PartFile:
                 with open(self._beside, "wb", buffering=0) as beside:
                     beside.write(json.dumps(source).encode())
             elif self.source:
-                self._beside.unlink(missing_ok=True)
+                remove(self._beside)
         self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
