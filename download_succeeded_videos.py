@@ -235,8 +235,6 @@ def shortened(lines: Sequence[str], limit: int) -> list[str]:
 
 # --- Results files: which ones, and what is in them -------------------------------------------
 
-_TIME_IN_NAME = re.compile(r"[0-9]{8}_[0-9]{6}")
-
 
 def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
     """The polling-results files in ``directories``, each once, latest first."""
@@ -251,10 +249,10 @@ def results_time(path: Path) -> tuple[float, str]:
     The time in the name counts, since a clone or copy makes all modification times equal;
     a name without one counts by its modification time.
     """
-    for match in _TIME_IN_NAME.finditer(path.name):
+    for match in re.finditer(r"[0-9]{8}_[0-9]{6}", path.name):
         with contextlib.suppress(ValueError):
             return datetime.strptime(match[0], "%Y%m%d_%H%M%S").timestamp(), path.name
-    return path.stat().st_mtime if path.exists() else 0.0, path.name
+    return os.path.getmtime(path) if os.path.exists(path) else 0.0, path.name
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -273,7 +271,7 @@ def read_results(path: Path) -> dict[str, Any]:
             return document
         looks = '{"task_results": [{"task_id": …, "final_status": "SUCCEEDED", "video_url": …}]}'
         reason = f"is not a polling-results file, which looks like {looks}"
-    raise JobError(f"{printable(path)}: {reason}")
+    raise JobError(f"{printable(path)}: {reason} — name another, or run the polling step again")
 
 
 # --- Tasks: one SUCCEEDED row each ------------------------------------------------------------
@@ -900,9 +898,11 @@ def remove_part(path: Path) -> None:
         remove(path.with_suffix(suffix))
 
 
-def sweep(directory: Path, names: Iterable[str]) -> None:
-    """Remove what earlier runs left of the hidden files ``names``, unless it is in use."""
-    for stem in {name.rpartition(".")[0] for name in names if name.startswith(".dsv-")}:
+def sweep(directory: Path, names: Iterable[str], tasks: Iterable[Task]) -> None:
+    """Remove what earlier runs left of the hidden files ``names`` of ``tasks``, if not in use."""
+    hidden = [name for name in names if name.startswith(".dsv-")]
+    own = tuple(hidden_path(directory, task.key).stem for task in tasks) if hidden else ()
+    for stem in {name.rpartition(".")[0] for name in hidden if name.startswith(own)}:
         with contextlib.suppress(OSError, DownloaderError):
             PartFile.claim(directory / f"{stem}.part").release(keep=False)
 
@@ -1081,8 +1081,8 @@ class Workplace:
         """The decoded body in blocks; raises `TransientError` when it all but stops.
 
         Reading what has come, and no more, lets the rate be seen. Whole records of TLS (RFC 8446,
-        5.1) are put together: a server that sends such has more to send. urllib3 1.26 cannot read
-        so: there a read is as short as the least rate fills in half the time.
+        5.1) are put together: a server that sends such has more to send. urllib3 before 2.2 has no
+        ``read1``: there a read is as short as the least rate fills in half the time.
         """
         raw, held = response.raw, list[bytes]()
         how = {"decode_content": "Content-Encoding" in response.headers}
@@ -1115,13 +1115,11 @@ NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSErr
 def explain(error: BaseException | None, timeout_s: float) -> TaskError:
     """A library's exception in our words: theirs may hold the link, query and all."""
     if isinstance(error, requests.exceptions.SSLError) and re.search(
-        "verify failed|match", str(error)
+        "verify failed|n't match", str(error)
     ):
-        hint = "set REQUESTS_CA_BUNDLE to the bundle that holds its CA"
-        return TaskError("the server's certificate is not trusted", hint)
+        return TaskError("the server's certificate is not trusted", "set REQUESTS_CA_BUNDLE")
     if isinstance(error, (requests.TooManyRedirects, ValueError)):
-        hint = "look at the link, HTTPS_PROXY and RUNWAYML_API_SECRET"
-        return TaskError("the link or the proxy leads to no usable address", hint)
+        return TaskError("no usable address", "see the link, HTTPS_PROXY, RUNWAYML_API_SECRET")
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
         return TransientError(f"stalled: nothing came within {timeout_s:g} s")
     while error:
@@ -1166,7 +1164,7 @@ def fetch_fresh_link(task_id: str, place: Workplace) -> str:
 
 
 def read_api_answer(body: bytes) -> str:
-    """The first usable link in ``output`` of a task as the API describes it."""
+    """The link that stands first in ``output`` of a task as the API describes it."""
     try:
         task = as_object(json.loads(body))
     except (ValueError, RecursionError):
@@ -1217,7 +1215,7 @@ class Outcome:
         return f"{printable(self.path.name)} (task {shown_id(self.task.task_id)})"
 
     def as_json(self) -> dict[str, Any]:
-        path = None if self.status is Status.FAILED else str(self.path)
+        path = str(self.path) if self.status is not Status.FAILED or self.size_bytes else None
         what = {"task_id": self.task.task_id, "status": self.status.value, "path": path}
         said = {"error": self.error or None, "warning": self.warning or None}
         more = {"expires": self.expires} if self.expires else {}
@@ -1293,6 +1291,7 @@ class Download:
             except TransientError as error:
                 self._back_off(error)
                 if not self.part.is_intact:
+                    self.part.restart()  # what has its name now is not to be taken for it
                     self.part.release()
                     self._claim()
 
@@ -1311,11 +1310,11 @@ class Download:
         with disk_errors("read the video back"):
             content = inspect(self.part.file, self.part.size_bytes)
         if content is Content.CUT or (content is Content.SURPLUS and not self._length_matched):
+            self.part.restart()
             raise TransientError("the server sent an MP4 cut short")
         if content not in KEPT:
             self.part.restart()
-            hint = "open the link in a browser, or look at the task in Runway"
-            raise TaskError(f"what the server sent is {content.value}", hint)
+            raise TaskError(f"what the server sent is {content.value}", "see the task in Runway")
         self._warning = "" if content is Content.WHOLE else f"it is {content.value}"
         return self._publish()
 
@@ -1377,7 +1376,7 @@ class Download:
 
     def _back_off(self, error: TransientError) -> None:
         """Wait until it is time for another try; raise a final error when none is left."""
-        if self.part.share >= 1 or not self.part.source:
+        if not self.part.source:
             self.part.restart()
         if (error.retry_after_s or 0) > RETRY_AFTER_CAP_S:
             reason = f"{error.reason} and asks to wait {error.retry_after_s:.0f} s"
@@ -1460,9 +1459,10 @@ def hand_over(outcome: Outcome, command: Sequence[str]) -> Outcome:
         return outcome
     try:
         run_command(command, {"{video}": outcome.path, "{metadata}": path})
-        metadata = encode_metadata(read_metadata(path) | {"handed_over": True})
         with disk_errors("record that it was handed over"):
-            write_whole(path, metadata, outcome.task.key, replaces=True)
+            if old := read_metadata(path):  # the command may have moved it
+                new = encode_metadata(old | {"handed_over": True})
+                write_whole(path, new, outcome.task.key, replaces=True)
     except TaskError as fault:
         return replace(outcome, fault=fault)
     return replace(outcome, notes=(*outcome.notes, f"  🔧 Handed over: {printable(command[0])}"))
@@ -1482,17 +1482,18 @@ def run_command(template: Sequence[str], paths: Mapping[str, Path]) -> None:
     words = [either.sub(lambda word: str(paths[word[0]].absolute()), part) for part in template]
     clean = {key: value for key, value in os.environ.items() if key != "RUNWAYML_API_SECRET"}
     none, both = subprocess.DEVNULL, subprocess.STDOUT
-    with tempfile.TemporaryFile() as output:
-        try:
+    said = why = ""
+    try:
+        with tempfile.TemporaryFile() as output:
             done = subprocess.run(words, stdin=none, stdout=output, stderr=both, env=clean)
             why = f"exit code {done.returncode}" if done.returncode else ""
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "not a usable command"
-        output.seek(0)
-        said = printable(b"".join(deque(output, maxlen=1)).decode(errors="replace").strip()[:200])
+            output.seek(0)
+            said = b"".join(deque(output, maxlen=1)).decode(errors="replace").strip()[:200]
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not a usable command"
     if why:
         reason = f"not handed over: {printable(words[0])}: {why}"
-        raise TaskError(reason, "mend that, then run again with --exec", said)
+        raise TaskError(reason, "mend that, then run again with --exec", printable(said))
 
 
 # --- How it all looks -------------------------------------------------------------------------
@@ -1537,8 +1538,7 @@ def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
     names = dict.fromkeys([*filter(sizes.get, new), *sorted(sizes)])
     lines = shortened([f"• {printable(name)} ({megabytes(sizes[name])})" for name in names], LISTED)
     lines = ["", f"📁 Videos in {printable(directory)}:", *(f"  {line}" for line in lines)]
-    total = megabytes(sum(sizes.values()))
-    return [*lines, "", f"💾 Total storage used: {total}"] if names else []
+    return [*lines, "", f"💾 Total storage used: {megabytes(sum(sizes.values()))}"] if names else []
 
 
 def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
@@ -1555,9 +1555,9 @@ def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
     for (heading, hint), names in groups.items():
         lines += ["", heading.replace("%s", counted(len(names)), 1)]
         lines += [*(f"    {name}" for name in shortened(names, NAMES_SHOWN)), f"  → {hint}"]
-    failed = sum(outcome.fault is not None for outcome in outcomes)
-    verdict = f"❌ {failed:,} of {len(outcomes):,} videos failed, the others are fine"
-    return [*lines, "", verdict] if failed and len(outcomes) > 1 else lines
+    bad, total = sum(outcome.fault is not None for outcome in outcomes), len(outcomes)
+    verdict = f"❌ {bad:,} of {total:,} with a problem, {total - bad:,} without"
+    return [*lines, "", verdict] if bad and total > 1 else lines
 
 
 def progress_parts(total: int, done: int, downloads: Sequence[Download], for_s: float) -> list[str]:
@@ -1578,7 +1578,7 @@ def progress_parts(total: int, done: int, downloads: Sequence[Download], for_s: 
 
 
 class Console:
-    """The one place that prints: lines to stdout, what is wrong to stderr, and the live line.
+    """Prints all but the JSON: lines to stdout, what is wrong to stderr, and the live line.
 
     ``quiet`` leaves what is wrong; with ``as_json`` stdout is left to the object. A reader that
     goes away or an encoding without emoji never breaks the run.
@@ -1687,7 +1687,7 @@ class VideoDownloader:
     A caller may rely on this:
 
     - No method raises for bad input, a bad task or a full disk: the fault is printed and
-      counted. Only the constructor raises, `JobError`, for a directory that cannot be made.
+      counted. The constructor raises `JobError` for a directory that cannot be made.
     - A video is under its final name only when it is whole, synced and has its metadata. No
       finished video is overwritten or moved. Other runs on the same directory share the work.
     - ``on_outcome`` is called once per finished task, in the thread that called the method,
@@ -1764,12 +1764,12 @@ class VideoDownloader:
         """Write the metadata of row ``task`` and the video on disk; whether it worked."""
         checked, video = task_from_row(as_object(task)), Path(video_path)
         try:
-            with disk_errors("read the video"), open(video, "rb") as file:
+            with disk_errors("write the metadata"), open(video, "rb") as file:
                 put_metadata(Path(metadata_path), checked, video.name, file_info(file))
         except (DownloaderError, OSError, ValueError) as error:
             self._console.complain(f"❌ {printable(metadata_path)}: {printable(error)}")
             return False
-        return bool(checked.key)
+        return True
 
     def print_final_stats(self) -> None:
         """Print the summary of everything done so far, the videos there, and what failed."""
@@ -1785,7 +1785,7 @@ class VideoDownloader:
         except JobError as error:
             self._console.complain(f"❌ {error}")
             self.stats["failed_downloads"] += len(tasks) - len(self.outcomes) + self._before
-            return 0
+            return sum(each.status is not Status.FAILED for each in self.outcomes[self._before :])
 
     def run(self, tasks: Sequence[Task]) -> int:
         """Bring ``tasks`` to disk; how many are there. Raises `JobError`, KeyboardInterrupt."""
@@ -1808,7 +1808,7 @@ class VideoDownloader:
                 self._work(sorted(jobs, key=urgency), shelf, claimed)
             failed = count_outcomes(self.outcomes[self._before :])["failed_downloads"]
             if not failed:
-                sweep(self._directory, shelf.names)
+                sweep(self._directory, shelf.names, tasks)
             return len(tasks) - failed
 
     def _work(self, jobs: Sequence[Plan], shelf: Shelf, claimed: dict[str, str]) -> None:
@@ -1820,7 +1820,7 @@ class VideoDownloader:
         except JobError:  # make room, of what workers still hold as well
             for part in [each.part for each in place.downloads if not each.part.file.closed]:
                 remove_part(part.path)
-            sweep(self._directory, os.listdir(self._directory))
+            sweep(self._directory, os.listdir(self._directory), [job.task for job in jobs])
             raise
 
     def _lead(self, crew: Crew, place: Workplace) -> None:
@@ -1889,12 +1889,12 @@ def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> list[Ou
     counts = Counter({"to do": 0, "expired": 0, "already there": 0})
     found = list[Outcome]()
     for plan in sorted(plan_all(tasks, Shelf.scan(directory), {}), key=urgency):
-        expiry, is_there = link_expiry(plan.task.link), plan.action is Action.KEEP
+        expiry, is_there = link_expiry(plan.task.link), plan.action in (Action.KEEP, Action.ADOPT)
         is_dead = expiry is not None and expiry <= time.time()
         said = "the link does not say when it expires" if plan.task.link else NO_LINK
         if expiry is not None:
             said = f"the link {'expired' if is_dead else 'expires'} {utc_text(expiry)}"
-        lost = not (plan.task.link or is_there or api_secret())
+        lost = not (plan.task.link or is_there or plan.action is Action.ASK or api_secret())
         fault = TaskError(NO_LINK, "set RUNWAYML_API_SECRET to fetch one") if lost else None
         status = Status.EXISTS if is_there else Status.FAILED if lost else Status.PENDING
         word = "without a link" if lost else "expired" if is_dead else "to do"
@@ -1903,8 +1903,8 @@ def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> list[Ou
         found.append(Outcome(plan.task, status, plan.path, plan.size_bytes, fault, expires=expires))
         if status is not Status.EXISTS:
             console.say(f"  {found[-1].label}: {said}")
-    total = ", ".join(f"{count:,} {word}" for word, count in counts.items())
-    console.say("", f"🔎 Dry run: {total}")
+    console.say("", "🔎 Dry run: " + ", ".join(f"{n:,} {word}" for word, n in counts.items()))
+    console.complain(*failure_lines(found))
     return found
 
 
@@ -1920,7 +1920,6 @@ def verify(directory: Path, console: Console) -> list[Outcome]:
         metadata = read_metadata(directory / name) if name.endswith(".json") else {}
         if as_object(metadata.get("runway_task_json")):
             bare.discard(path.name)
-            console.show_progress([f"🔎 {len(outcomes):,} videos checked"])
             outcomes.append(check_video(path, metadata))
     if bare:
         console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(bare))}")
@@ -2116,7 +2115,7 @@ def choose_results_files(options: argparse.Namespace, console: Console) -> list[
     places = (".", DEFAULT_OUTPUT_DIR, options.output_dir)
     files = find_results_files(places)
     if not files:
-        searched = ", ".join(dict.fromkeys(printable(Path(place).resolve()) for place in places))
+        searched = ", ".join(dict.fromkeys(printable(Path(place).absolute()) for place in places))
         raise JobError(f"No polling results found in {searched} — run the polling step first")
     if options.all:
         console.say(f"🔍 Found {len(files):,} polling results files")

@@ -2152,7 +2152,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
 def read_failures(err: str) -> dict[str, str]:
     """Name → reason, detail and advice, from the groups at the end of a run."""
     found: dict[str, str] = {}
-    groups = re.sub(r"\n❌ \d+ of \d+ videos failed, the others are fine\n$", "", err)
+    groups = re.sub(r"\n❌ \d+ of \d+ with a problem, \d+ without\n$", "", err)
     for block in groups.strip("\n").split("\n\n"):
         reason, *names, advice = block.splitlines()
         found |= {line.split()[0]: f"{reason}\n{line}\n{advice}" for line in names}
@@ -2176,7 +2176,7 @@ def test_a_big_run_ends_with_its_failures_each_reason_said_once(tmp_path: Path, 
     counts = "downloaded: 0\n⚠️ Already existed: 3\n❌ Failed downloads: 27\n📈 Success rate: 10.0%"
     assert counts in result.stdout
     assert result.stderr.count("\n\n") == 3
-    assert result.stderr.endswith("\n\n❌ 27 of 30 videos failed, the others are fine\n")
+    assert result.stderr.endswith("\n\n❌ 27 of 30 with a problem, 3 without\n")
     failures = read_failures(result.stderr)
     assert len(failures) == 20 + 1 + 2  # the one that says how many more
     assert re.search(r"❌ 25 videos: .*\n.*HTTP 403", result.stderr)
@@ -2195,7 +2195,7 @@ def test_quiet_prints_what_is_wrong_and_nothing_else(tmp_path: Path, cdn: Cdn) -
     write_results(tmp_path, rows)
     result = run_script(tmp_path, "-q")
     assert (result.returncode, result.stdout) == (3, "")
-    said = r"❌ 1 video: .*\n    picture_1.mp4 .*HTTP 404.*\n  → .*\n❌ 1 of 2 videos failed, .*\n"
+    said = r"❌ 1 video: .*\n    picture_1.mp4 .*HTTP 404.*\n  → .*\n❌ 1 of 2 with a problem, 1 without\n"
     assert re.fullmatch(said, result.stderr)
 
 
