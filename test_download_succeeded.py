@@ -1596,6 +1596,27 @@ def test_the_link_that_dies_soonest_is_asked_for_first(cdn: Cdn, tmp_path: Path)
     assert [request.path for request in cdn.requests] == [f"/{i}.mp4" for i in (1, 2, 3, 0, 4)]
 
 
+def test_a_part_stays_for_its_own_task_when_another_is_done(cdn: Cdn, tmp_path: Path) -> None:
+    rows = serve(cdn, 2)
+    cdn.replies["/0.mp4"] = [Reply(send=HALF), Reply()]
+    downloader = make_downloader(tmp_path / "out", retries=0)
+    assert [downloader.process_succeeded_task(row) for row in (*rows, rows[0])] == [0, 1, 1]
+    assert [request.range_start for request in cdn.asked("0.mp4")] == [None, HALF]
+    assert names_in(tmp_path / "out") == {
+        f"picture_{i}.{end}" for i in "01" for end in ("mp4", "json")
+    }
+
+
+def test_a_whole_part_is_kept_while_its_name_cannot_be_settled(cdn: Cdn, tmp_path: Path) -> None:
+    rows = serve(cdn, 1)
+    env = sabotage(tmp_path / "s", "count < 99", "raise FileExistsError(17, 'taken')", "os.link")
+    assert download(tmp_path, rows, "--retries", "0", run=run_process, env=env).returncode == 3
+    assert [*parts_in(tmp_path / "video_outputs").values()] == [make_mp4(0)]
+    assert download(tmp_path, rows).returncode == 0
+    assert len(cdn.requests) == 1
+    assert_whole(tmp_path / "video_outputs", "picture_0", make_task_id(0), make_mp4(0))
+
+
 # Runs that end before their time: killed at a step, killed anywhere, stopped by a signal.
 
 
@@ -2195,7 +2216,7 @@ def test_quiet_prints_what_is_wrong_and_nothing_else(tmp_path: Path, cdn: Cdn) -
     write_results(tmp_path, rows)
     result = run_script(tmp_path, "-q")
     assert (result.returncode, result.stdout) == (3, "")
-    said = r"❌ 1 video: .*\n    picture_1.mp4 .*HTTP 404.*\n  → .*\n❌ 1 of 2 with a problem, 1 without\n"
+    said = r"❌ 1 video: .*\n    picture_1.mp4 .*HTTP 404.*\n  → .*\n❌ 1 of 2 with a problem, .*\n"
     assert re.fullmatch(said, result.stderr)
 
 
@@ -2560,6 +2581,19 @@ def test_exec_killed_with_the_run_is_done_by_the_next(tmp_path: Path, cdn: Cdn) 
         assert run_script(tmp_path, "--exec", make_recorder(tmp_path)).returncode == 0
     assert len(read_calls(tmp_path)) == 2
     assert len(cdn.requests) == 1
+
+
+@unix_only
+def test_exec_that_moves_the_video_away_is_not_followed_by_metadata(
+    tmp_path: Path, cdn: Cdn
+) -> None:
+    write_results(tmp_path, serve(cdn, 1))
+    (tmp_path / "moved").mkdir()
+    move = f"mv {{video}} {{metadata}} {tmp_path / 'moved'}"
+    result = run_script(tmp_path, "--exec", move)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert names_in(tmp_path / "video_outputs") == set()
+    assert_whole(tmp_path / "moved", "picture_0", make_task_id(0), make_mp4(0))
 
 
 # --gallery
