@@ -1535,8 +1535,8 @@ def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
         files = [each for each in entries if each.name.endswith(".mp4") and each.name[0] != "."]
         sizes = {each.name: each.stat().st_size for each in files if each.is_file()}
     new = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
-    names = dict.fromkeys([*filter(sizes.get, new), *sorted(sizes)])
-    lines = shortened([f"• {printable(name)} ({megabytes(sizes[name])})" for name in names], LISTED)
+    names = shortened([*dict.fromkeys([*filter(sizes.get, new), *sorted(sizes)])], LISTED)
+    lines = [f"• {printable(n)} ({megabytes(sizes[n])})" if n in sizes else n for n in names]
     lines = ["", f"📁 Videos in {printable(directory)}:", *(f"  {line}" for line in lines)]
     return [*lines, "", f"💾 Total storage used: {megabytes(sum(sizes.values()))}"] if names else []
 
