@@ -1149,7 +1149,7 @@ def fetch_fresh_link(task_id: str, place: Workplace) -> str:
         with place.get(link, headers, allow_redirects=False) as response:
             status, body = response.status_code, b""
             if status != 200 and status not in RETRIED_STATUSES:
-                raise TaskError(f"HTTP {status}", "see the task and the keys on Runway's site")
+                raise TaskError(f"HTTP {status}", "see the task, and RUNWAYML_API_SECRET")
             check_status(status, response.headers)
             for piece in place.chunks(response):
                 body += piece
@@ -1911,7 +1911,7 @@ def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> list[Ou
 def verify(directory: Path, console: Console) -> list[Outcome]:
     """Check every video that has metadata, and name those that have none; no request."""
     if not os.path.lexists(directory):
-        raise JobError(f"the output directory {printable(directory)} is not there")
+        raise JobError(f"the output directory {printable(directory.absolute())} is not there")
     names = Shelf.scan(directory).names
     bare = {name for name in names if name.endswith(".mp4") and name[0] != "."}
     outcomes = list[Outcome]()
@@ -2022,7 +2022,7 @@ def write_gallery(directory: Path, console: Console) -> None:
     text = GALLERY_PAGE.substitute(cards="".join(cards), n=len(cards), js=GALLERY_JS)
     with disk_errors(f"write the gallery {printable(page)}"):
         if os.path.lexists(page) and mark not in page.read_bytes()[:READ_BYTES]:
-            console.complain("", f"⚠️ {printable(page)} is not this script's: left alone")
+            console.complain("", f"⚠️ {printable(page)} is not this script's: left alone; rename it")
             return
         write_whole(page, text.encode(errors="replace"), GALLERY_NAME, replaces=True)
     console.say("", f"🖼️ Gallery: {printable(page)} ({counted(len(cards))})")
@@ -2102,7 +2102,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         parser.error(f"unknown option {unknown[0]}" + (f": is {near[0]} meant?" if near else ""))
     if bool(options.files) + bool(options.polling_results_file) + options.all > 1:
-        parser.error("FILE, --polling-results-file and --all: one way of the three")
+        parser.error("give only one of FILE, --polling-results-file and --all")
     if options.polling_results_file:
         options.files = [options.polling_results_file]
     return options

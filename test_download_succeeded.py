@@ -2675,7 +2675,7 @@ REFUSED = {
     "invalid command value": ['--exec "\'unbalanced {video}"'],
     "{video}": [f"--exec '{PYTHON} {{vid}}'"],
     "expected one argument": ["--polling-results-file"],
-    "one way of the three": ["--all a.json", "--all --polling-results-file a.json",
+    "only one of FILE": ["--all a.json", "--all --polling-results-file a.json",
                              "a.json --polling-results-file b.json"],
     "not allowed with": ["--dry-run --verify"],
     "--workers": ["--worker 3"],
