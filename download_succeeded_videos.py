@@ -1042,7 +1042,6 @@ class Workplace:
     timeout_s: float
     retries: int
     command: Sequence[str]
-    clock: Callable[[], float] = time.monotonic
     stop: threading.Event = field(default_factory=threading.Event)
     downloads: list[Download] = field(default_factory=list)
     _paces: dict[str, Pace] = field(default_factory=dict)
@@ -1057,20 +1056,20 @@ class Workplace:
             if host not in self._paces:
                 self._paces.setdefault(host, Pace(get_environ_proxies(link, no_proxy=None)))
             pace = self._paces[host]
-            while (delay_s := pace.take_turn(self.clock(), random.random())) > 0:
+            while (delay_s := pace.take_turn(time.monotonic(), random.random())) > 0:
                 self.wait(delay_s)
-            asked, timeout = self.clock(), (self.timeout_s, self.timeout_s)
+            asked, timeout = time.monotonic(), (self.timeout_s, self.timeout_s)
             how |= {"headers": headers, "proxies": pace.proxies, "timeout": timeout}
             response = self.session.get(link, stream=True, **how)
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
         if response.status_code not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
-            pace.served(self.clock())
+            pace.served(time.monotonic())
             return response
         response.close()
         wait_s = retry_after_s(response.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
-        serves = pace.overloaded(self.clock(), asked, hold_s)
+        serves = pace.overloaded(time.monotonic(), asked, hold_s)
         raise TransientError(f"the server answered HTTP {response.status_code}", wait_s, not serves)
 
     def wait(self, seconds: float) -> None:
@@ -1081,8 +1080,9 @@ class Workplace:
         """The decoded body in blocks; raises `TransientError` when it all but stops.
 
         Reading what has come, and no more, lets the rate be seen. Whole records of TLS (RFC 8446,
-        5.1) are put together: a server that sends such has more to send. urllib3 before 2.2 has no
-        ``read1``: there a read is as short as the least rate fills in half the time.
+        5.1) that come in quick succession are put together, as 32 threads that handle each are in
+        each other's way. urllib3 before 2.2 has no ``read1``: there a read is as short as the
+        least rate fills in half the time.
         """
         raw, held = response.raw, list[bytes]()
         how = {"decode_content": "Content-Encoding" in response.headers}
@@ -1091,15 +1091,16 @@ class Workplace:
         else:
             least = max(1, int(STALL_BYTES_PER_SECOND * self.timeout_s / 2))
             pieces = raw.stream(min(READ_BYTES, least), **how)
-        since, before = self.clock(), 0
+        since, before, flushed = time.monotonic(), 0, -math.inf
         try:
             for piece in pieces:
                 held.append(piece)
-                if len(held) >= BLOCK_PIECES or len(piece) % TLS_RECORD_BYTES:
+                now, is_full = time.monotonic(), len(held) == BLOCK_PIECES
+                if is_full or len(piece) != TLS_RECORD_BYTES or now - flushed > TICK_S:
                     yield b"".join(held)
                     self.wait(0)
-                    held.clear()
-                if (now := self.clock()) - since >= self.timeout_s:
+                    held, flushed = [], now
+                if now - since >= self.timeout_s:
                     if raw.tell() - before < STALL_BYTES_PER_SECOND * (now - since):
                         raise TransientError(f"stalled: under 1 kB/s for {self.timeout_s:g} s")
                     since, before = now, raw.tell()
@@ -1153,7 +1154,7 @@ def fetch_fresh_link(task_id: str, place: Workplace) -> str:
             check_status(status, response.headers)
             for piece in place.chunks(response):
                 body += piece
-                if len(body) > BYTES_PER_MB:
+                if len(body) >= BYTES_PER_MB:
                     break
             return read_api_answer(body)
     except TransientError as error:
