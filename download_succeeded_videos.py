@@ -1837,11 +1837,9 @@ class VideoDownloader:
                 done, for_s = len(self.outcomes) - self._before, time.monotonic() - started
                 parts = progress_parts(self._total, done, place.downloads, for_s)
                 if crew.left == len(crew.held):
-                    parts[1:] = [
-                        f"⏳ Waiting for {counted(crew.left)} that another run has in hand"
-                    ]
-                    self._console.say(*([] if told else ["", parts[1]]))
-                    told = True
+                    waiting = f"⏳ Waiting for {counted(crew.left)} that another run has in hand"
+                    self._console.say(*([] if told else ["", waiting]))
+                    parts, told = [parts[0], waiting], True
                 self._console.show_progress(parts)
         finally:
             place.stop.set()

@@ -2488,8 +2488,10 @@ def test_verify_accepts_all_that_a_run_leaves_or_keeps(tmp_path: Path, cdn: Cdn)
     renamed = put_video(videos, rows[2], make_mp4(2))
     for path in (renamed, renamed.with_suffix(".json")):
         path.rename(videos / f"mine{path.suffix}")
-    for _ in range(2):
-        assert run_script(tmp_path).returncode == 0
+    first, second = (run_script(tmp_path) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "  ⚠️ Kept, though it is no MP4" in first.stdout
+    assert "⚠️ 1 video kept, though it is no MP4" in first.stderr
     assert len(cdn.requests) == 1
     lay_out(videos, {"loose.mp4": WHOLE, "odd.mp4": WHOLE, "odd.json": b"{", "queue.json": b"{}"})
     for arguments in ([], ["--all"]):
