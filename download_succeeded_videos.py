@@ -91,6 +91,7 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+    import termios
 
 __version__ = "2.0.0"
 
@@ -103,9 +104,8 @@ BACKOFF_BASE_S = 0.5
 RETRY_AFTER_CAP_S = 60.0
 STILL_SERVING_S = 10.0
 STALL_BYTES_PER_SECOND = 1024
-READ_BYTES = 64 * 1024
-TLS_RECORD_BYTES = 16 * 1024
-BLOCK_PIECES = 8
+READ_BYTES = 128 * 1024
+TLS_RECORD_BYTES = 16 * 1024 + 261  # RFC 8446, 5.2, with its head
 BYTES_PER_MB = 1024 * 1024
 NAME_MAX_BYTES = 255
 NAME_TRIES = 10
@@ -198,7 +198,8 @@ def disk_errors(action: str) -> Iterator[None]:
 
 def printable(text: object) -> str:
     """``text`` with everything a terminal might obey instead of show replaced by ``?``."""
-    return "".join(char if char.isprintable() else "?" for char in str(text))
+    text = str(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def link_without_query(link: str) -> str:
@@ -279,7 +280,6 @@ def read_results(path: Path) -> dict[str, Any]:
 _MADE_FIELDS = ("task_id", "target_filename_stub", "image_path", "prompt")
 TEXT_FIELDS = (*_MADE_FIELDS, "timestamp", "completion_time", "status")
 EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")
-_TEXT_OR_NONE = (str, type(None))
 _LINK = re.compile(  # [user@]host[:port], then path, query, fragment or nothing
     r"(?i)https?://([^/?#@]*@)?(\[[0-9a-f:.]+\]|[^/?#@:\[\]\\ ]+)(:[0-9]{1,5})?([/?#][^\\ ]*)?"
 )
@@ -338,11 +338,11 @@ def read_rows(results: Object) -> tuple[list[Task], list[str], list[str]]:
     rows = results.get("task_results")
     for number, row in enumerate(rows if isinstance(rows, list) else (), 1):
         status = as_object(row).get("final_status")
-        if not isinstance(row, dict) or not isinstance(status, _TEXT_OR_NONE):
+        if not isinstance(row, dict) or not isinstance(status, str | None):
             wrong.append(f"  ⚠️ Row {number}: no object with a text as final_status: passed over")
         elif status == "SUCCEEDED":
             tasks.append(task_from_row(row))
-            odd = [key for key in TEXT_FIELDS if not isinstance(row.get(key), _TEXT_OR_NONE)]
+            odd = [key for key in TEXT_FIELDS if not isinstance(row.get(key), str | None)]
             wrong += [f'  ⚠️ Row {number}: "{key}" is not text: not used' for key in odd]
         else:
             others[printable(status[:20]) if status else "still running"] += 1
@@ -1044,6 +1044,7 @@ class Workplace:
     command: Sequence[str]
     stop: threading.Event = field(default_factory=threading.Event)
     downloads: list[Download] = field(default_factory=list)
+    turn: threading.Lock = field(default_factory=threading.Lock)
     _paces: dict[str, Pace] = field(default_factory=dict)
 
     def get(self, link: str, headers: Mapping[str, str], **how: Any) -> requests.Response:
@@ -1073,41 +1074,45 @@ class Workplace:
         raise TransientError(f"the server answered HTTP {response.status_code}", wait_s, not serves)
 
     def wait(self, seconds: float) -> None:
-        if self.stop.wait(seconds):
+        if self.stop.is_set() or (seconds and self.stop.wait(seconds)):
             raise Cancelled
 
     def chunks(self, response: requests.Response) -> Iterator[bytes]:
         """The decoded body in blocks; raises `TransientError` when it all but stops.
 
-        Reading what has come, and no more, lets the rate be seen. Whole records of TLS (RFC 8446,
-        5.1) that come in quick succession are put together, as 32 threads that handle each are in
-        each other's way. urllib3 before 2.2 has no ``read1``: there a read is as short as the
-        least rate fills in half the time.
+        What has come already is read, and used, by one thread at a time: 32 that hand each other
+        the interpreter after every 16 kB take a fifth longer. Where a read may have to wait, it
+        takes whatever comes first, so that the rate can be seen; urllib3 before 2.2 cannot, so
+        there it is as short as the least rate fills in half the time.
         """
-        raw, held = response.raw, list[bytes]()
-        how = {"decode_content": "Content-Encoding" in response.headers}
-        if hasattr(raw, "read1"):
-            pieces = iter(functools.partial(raw.read1, READ_BYTES, **how), b"")
-        else:
-            least = max(1, int(STALL_BYTES_PER_SECOND * self.timeout_s / 2))
-            pieces = raw.stream(min(READ_BYTES, least), **how)
-        since, before, flushed = time.monotonic(), 0, -math.inf
+        raw, since, before = response.raw, time.monotonic(), 0
+        is_encoded = "Content-Encoding" in response.headers
+        least = min(READ_BYTES, max(1, int(STALL_BYTES_PER_SECOND * self.timeout_s / 2)))
+        read, most = (raw.read1, READ_BYTES) if hasattr(raw, "read1") else (raw.read, least)
         try:
-            for piece in pieces:
-                held.append(piece)
-                now, is_full = time.monotonic(), len(held) == BLOCK_PIECES
-                if is_full or len(piece) != TLS_RECORD_BYTES or now - flushed > TICK_S:
-                    yield b"".join(held)
-                    self.wait(0)
-                    held, flushed = [], now
-                if now - since >= self.timeout_s:
+            while True:
+                self.wait(0)
+                with self.turn:
+                    if not is_encoded and (size := bytes_there(raw) // 2) > TLS_RECORD_BYTES:
+                        yield raw.read(min(size, READ_BYTES), decode_content=False)
+                        continue
+                if not (data := read(most, decode_content=is_encoded)):
+                    return
+                yield data
+                if (now := time.monotonic()) - since >= self.timeout_s:
                     if raw.tell() - before < STALL_BYTES_PER_SECOND * (now - since):
                         raise TransientError(f"stalled: under 1 kB/s for {self.timeout_s:g} s")
                     since, before = now, raw.tell()
         except NETWORK_ERRORS as error:
-            yield b"".join(held)
             raise explain(error, self.timeout_s) from None
-        yield b"".join(held)
+
+
+def bytes_there(raw: Any) -> int:
+    """How many bytes of a body of known length have come; 0 where that cannot be told."""
+    if raw.length_remaining and sys.platform != "win32":
+        with contextlib.suppress(OSError, ValueError):
+            return int.from_bytes(fcntl.ioctl(raw, termios.FIONREAD, bytes(4)), sys.byteorder)
+    return 0
 
 
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
