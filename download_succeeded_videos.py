@@ -38,10 +38,18 @@ environment:
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 if sys.version_info < (3, 10):  # noqa: UP036 - 3.8 can read this far
     sys.exit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
+
+if __name__ == "__main__":  # until `stop` takes over: the imports take a while
+    both = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = [each for each in both if signal.getsignal(each) is not signal.SIG_IGN]  # nohup
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: os._exit(128 + number))
 
 import argparse
 import base64
@@ -54,12 +62,10 @@ import html
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shlex
 import shutil
-import signal
 import string
 import subprocess
 import tempfile
@@ -71,6 +77,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from enum import Enum
+from glob import glob
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, NoReturn
@@ -83,19 +90,16 @@ try:
     from urllib3.util.retry import Retry
     from urllib3.util.ssl_ import create_urllib3_context
 except ImportError as missing:
-    if __name__ != "__main__":
-        raise
     sys.exit(f"❌ the package {missing.name} is missing: pip install requests")
 
-if sys.platform == "win32":
-    import msvcrt
-else:
+if sys.platform != "win32":
     import fcntl
     import termios
 
 __version__ = "2.0.0"
 
 Object = Mapping[str, Any]  # of JSON
+Options = argparse.Namespace
 
 DEFAULT_OUTPUT_DIR = "video_outputs"
 MAX_WORKERS = 64
@@ -197,18 +201,13 @@ def disk_errors(action: str) -> Iterator[None]:
 
 
 def printable(text: object) -> str:
-    """``text`` with everything a terminal might obey instead of show replaced by ``?``."""
-    text = str(text)
+    """``text`` with all links bare, and ``?`` for what a terminal might obey instead of show."""
+    text = re.sub(r"(?i)(https?:/+)(?:[^\s/?#]*@)?([^\s?#]*)\S*", r"\1\2", str(text))
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-def link_without_query(link: str) -> str:
-    """``link`` up to its query or fragment, and without user name and password."""
-    return re.sub(r"^([a-zA-Z]+://)[^/]*@", r"\1", re.split(r"[?#]", link, maxsplit=1)[0])
-
-
 def shown_link(link: str) -> str:
-    bare = printable(link_without_query(link))
+    bare = printable(link)
     return bare if len(bare) <= LINK_SHOWN_CHARS else bare[:LINK_SHOWN_CHARS] + "..."
 
 
@@ -216,8 +215,8 @@ def shown_id(task_id: str) -> str:
     return f"{printable(task_id[:8])}..." if task_id else "unknown"
 
 
-def utc_text(unix_seconds: float) -> str:
-    return f"{datetime.fromtimestamp(unix_seconds, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+def utc(unix_seconds: float) -> datetime:
+    return datetime.fromtimestamp(unix_seconds, timezone.utc)
 
 
 def megabytes(size_bytes: float) -> str:
@@ -239,8 +238,9 @@ def shortened(lines: Sequence[str], limit: int) -> list[str]:
 
 def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
     """The polling-results files in ``directories``, each once, latest first."""
-    found = (Path(each).glob(f"{RESULTS_PREFIX}*.json") for each in directories)
-    files = {os.path.realpath(path): path for path in itertools.chain(*found) if path.is_file()}
+    pattern = f"{RESULTS_PREFIX}*.json"
+    found = (Path(each, name) for each in directories for name in glob(pattern, root_dir=each))
+    files = {os.path.realpath(path): path for path in found if os.path.isfile(path)}
     return sorted(files.values(), key=results_time, reverse=True)
 
 
@@ -291,18 +291,18 @@ def usable_link(value: object) -> str:
     return link if _LINK.fullmatch(link) and link.isprintable() else ""
 
 
-def link_expiry(link: str) -> float | None:
+def link_expiry(link: str) -> float:
     """When ``link`` dies, in Unix seconds: ``exp`` of its ``_jwt`` (RFC 7519), unverified.
 
-    ``None`` when the link does not say, or talks nonsense.
+    Infinity when the link does not say, or talks nonsense.
     """
     token = re.search(r"[?&]_jwt=[^.&#]*\.([^.&#]+)", link)
     try:
         payload = token[1] + "=" * (-len(token[1]) % 4) if token else ""
         expiry = float(json.loads(base64.urlsafe_b64decode(payload))["exp"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
-    return expiry if 0 < expiry < 253402300800 else None  # the year 10000
+        return math.inf
+    return expiry if 0 < expiry < 253402300800 else math.inf  # the year 10000
 
 
 @dataclass(frozen=True)
@@ -325,11 +325,11 @@ class Task:
 
 
 def row_key(row: Object) -> str:
-    """Equal for two rows of the same task: its id; without one the link, query aside."""
+    """Equal for two rows of the same task: its id; without one the link, bare of its query."""
     if task_id := text_of(row, "task_id"):
         return f"id {task_id}"
     link = usable_link(row.get("video_url"))
-    return f"link {link_without_query(link)}" if link else ""
+    return f"link {printable(link)}" if link else ""
 
 
 def read_rows(results: Object) -> tuple[list[Task], list[str], list[str]]:
@@ -424,11 +424,6 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def in_shard(stub: str, shard: tuple[int, int]) -> bool:
-    """Whether ``stub`` is in the K-th of N parts, ``shard`` being K and N, whatever else is."""
-    return int(digest(fold(stub)), 16) % shard[1] == shard[0] - 1
-
-
 # --- What a file is, by its bytes (ISO/IEC 14496-12) ------------------------------------------
 
 
@@ -453,7 +448,8 @@ def inspect(file: BinaryIO, size_bytes: int) -> Content:
     """Look at the first bytes of ``file``, and at the heads of its boxes if it starts like one."""
     file.seek(0)
     start = file.read(READ_BYTES)
-    if not start.strip(b"\0"):
+    blocks = itertools.chain([start], iter(functools.partial(file.read, READ_BYTES), b""))
+    if not any(block.strip(b"\0") for block in blocks):
         return Content.ZEROS
     if len(start) < 8:  # no head of a box, or of any other container
         return Content.CUT if start[:3] == b"\0\0\0" else Content.TEXT
@@ -482,20 +478,19 @@ def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
     return Content.WHOLE
 
 
-def hash_file(file: BinaryIO) -> hashlib._Hash:
-    """The SHA-256 of all of ``file``, read in constant memory."""
+def hash_file(file: BinaryIO) -> str:
+    """The SHA-256 of all of ``file``, in hexadecimal, read in constant memory."""
     sha256 = hashlib.sha256()
     file.seek(0)
     while block := file.read(READ_BYTES):
         sha256.update(block)
-    return sha256
+    return sha256.hexdigest()
 
 
-def file_info(file: BinaryIO, sha256: hashlib._Hash | None = None) -> dict[str, Any]:
-    """What the metadata says of the video's ``file``, whose ``sha256`` may be known."""
-    size = os.fstat(file.fileno()).st_size
-    checksum = (sha256 or hash_file(file)).hexdigest()
-    return {"size_bytes": size, "size_mb": round(size / BYTES_PER_MB, 2), "sha256": checksum}
+def file_info(file: BinaryIO) -> dict[str, Any]:
+    """What the metadata says of the video's ``file``."""
+    size, sha256 = os.fstat(file.fileno()).st_size, hash_file(file)
+    return {"size_bytes": size, "size_mb": round(size / BYTES_PER_MB, 2), "sha256": sha256}
 
 
 # --- Metadata: <stub>.json --------------------------------------------------------------------
@@ -589,16 +584,13 @@ def publish(hidden: Path, final: Path, replaces: bool) -> None:
     As a second link, unless it ``replaces`` what is there or the file system has none: then
     it is renamed, a moment after a look.
     """
-    if replaces:
-        return os.replace(hidden, final)
-    try:
-        return os.link(hidden, final)
-    except FileExistsError:
-        raise
-    except OSError:
-        if os.path.lexists(final):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        return os.replace(hidden, final)
+    if not replaces:
+        try:
+            return os.link(hidden, final)
+        except OSError as error:
+            if error.errno == errno.EEXIST or os.path.lexists(final):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+    return os.replace(hidden, final)
 
 
 def hidden_path(directory: Path, key: str) -> Path:
@@ -650,7 +642,7 @@ class Shelf:
     directory: Path
     names: Sequence[str] = ()
     homes: Mapping[str, str] = field(default_factory=dict)
-    spellings: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def scan(cls, directory: Path) -> Shelf:
@@ -662,23 +654,20 @@ class Shelf:
         except OSError as error:
             raise directory_error(directory, error) from None
         homes: dict[str, str] = {}
-        spellings: dict[str, list[str]] = {}
         for name in names:
-            spellings.setdefault(fold(name), []).append(name)
             if name.endswith(".json") and not name.startswith((".", RESULTS_PREFIX)):
                 key = owner_key(read_metadata(f"{directory}{os.sep}{name}"))
                 if key and (key not in homes or not file_bytes(directory / f"{homes[key]}.mp4")):
                     homes[key] = name.removesuffix(".json")
-        return cls(directory, names, homes, spellings)
+        return cls(directory, names, homes, {fold(name): name for name in names})
 
     def look(self, task: Task, stub: str) -> Plan:
         """What can be done for ``task`` under the name ``stub`` as things are now."""
         path, metadata = self.directory / f"{stub}.mp4", self.directory / f"{stub}.json"
         leave = functools.partial(Plan, task, path, Action.LEAVE, 0)
         for name in (metadata.name, path.name):
-            for other in self.spellings.get(fold(name), ()):
-                if other != name:
-                    return leave(f"{other} differs in case or Unicode form alone")
+            if (other := self.spellings.get(fold(name), name)) != name:
+                return leave(f"{other} differs in case or Unicode form alone")
         size = file_bytes(path)
         if size is None and os.path.lexists(path):
             return leave(f"{path.name} is no file")
@@ -716,18 +705,21 @@ def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str], in_hand: boo
     """Find ``task`` in the directory as it is now, or the place it is to have.
 
     ``claimed`` maps folded stubs that are about to be filled to the key of their task. With
-    the whole video ``in_hand``, another one without metadata is nothing to ask about. The
+    the whole video ``in_hand``, another one without metadata is nothing to ask about; nor is it
+    for a task without a key, which cannot be known again. The
     task's own video wins, then a place its metadata already holds, then a video under a name
     with its id, then the best name that nobody has.
     """
     home = shelf.homes.get(task.key, task.stub)
     best, holder = None, ""
     for stub in itertools.chain(dict.fromkeys((home, task.stub)), stubs_with_id(task)):
-        plan, has_id = shelf.look(task, stub), task.suffix in stub
-        if claimed.get(fold(stub), task.key) != task.key:
+        plan, has_id = shelf.look(task, stub), f"{task.suffix}_" in f"{stub}_"
+        is_promised = claimed.get(fold(stub), task.key) != task.key
+        if plan.action is Action.DOWNLOAD and is_promised:
             plan = replace(plan, action=Action.LEAVE, holder=f"{stub}.mp4 is another task's")
-        elif plan.action is Action.ASK and (has_id or in_hand):
-            plan = replace(plan, action=Action.LEAVE if in_hand else Action.ADOPT)
+        elif plan.action is Action.ASK and (has_id or in_hand or not task.key):
+            is_own = has_id and task.key and not in_hand
+            plan = replace(plan, action=Action.ADOPT if is_own else Action.LEAVE)
         if plan.action in (Action.KEEP, Action.REFILL, Action.ADOPT):
             return plan
         if plan.action is Action.LEAVE:
@@ -750,12 +742,6 @@ def plan_all(tasks: Iterable[Task], shelf: Shelf, claimed: dict[str, str]) -> li
             plans.append(plan_task(task, shelf, claimed))
             claimed[fold(plans[-1].path.stem)] = task.key
     return plans
-
-
-def urgency(plan: Plan) -> tuple[bool, float]:
-    """Sorts links that die soonest first, those that do not say when last."""
-    expiry = link_expiry(plan.task.link)
-    return plan.action is Action.ADOPT, math.inf if expiry is None else expiry
 
 
 # --- Part files: hidden, locked, growing as bytes arrive --------------------------------------
@@ -782,9 +768,7 @@ class PartFile:
         with contextlib.suppress(OSError, ValueError, TypeError):
             total, validator = json.loads(self._beside.read_bytes())
             self.source = int(total), str(validator)
-        if self.source and 0 < self.size_bytes <= self.source[0]:
-            self.sha256 = hash_file(self.file)
-        else:
+        if not 0 < self.share <= 1:
             self.restart()
 
     @classmethod
@@ -831,17 +815,14 @@ class PartFile:
                     beside.write(json.dumps(source).encode())
             elif self.source:
                 remove(self._beside)
-        self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
+        self.source, self.size_bytes = source, 0
 
     def write(self, data: bytes) -> None:
-        self.sha256.update(data)
         rest = memoryview(data)
         with disk_errors("write the video"):
             while rest:  # a nearly full disk takes a part of it and says nothing
                 rest = rest[self.file.write(rest) or 0 :]
         self.size_bytes += len(data)
-        if os.fstat(self.file.fileno()).st_size != self.size_bytes:
-            raise TransientError(CHANGED_MEANWHILE)
 
     def release(self, keep: bool = True) -> None:
         """Let others have it; nothing is kept but what can be resumed."""
@@ -873,12 +854,10 @@ def try_lock(descriptor: int) -> bool | None:
 
     The kernel's locks end with the process, so a killed run leaves none.
     """
+    if sys.platform == "win32":
+        return None
     try:
-        if sys.platform == "win32":
-            os.lseek(descriptor, 2**40, os.SEEK_SET)  # a byte far behind those of any video
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except (OSError, ValueError):  # ValueError: there is no file
@@ -927,18 +906,18 @@ def read_head(response: requests.Response) -> tuple[int, int, Source | None]:
     start, total = 0, -1 if announced is None else announced
     if response.status_code == 206:
         start, total = content_range(headers)
+        start = start if announced in (None, total - start) else -1
     if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         total = -1
     validator = (headers.get("ETag") or headers.get("Last-Modified") or "").strip()
-    if total > 0 and validator and not validator.startswith("W/"):  # weak (13.1.5)
-        return start, total, (total, validator)
-    return start, total, None
+    is_strong = validator and not validator.startswith("W/")  # 13.1.5
+    return start, total, (total, validator) if is_strong and total > 0 else None
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Seconds to wait (section 10.2.3), said as a number or a date; ``None`` for nonsense."""
     with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError, OverflowError):
-        return Retry().parse_retry_after(headers.get("Retry-After") or "")
+        return float(Retry().parse_retry_after(headers.get("Retry-After") or ""))
     return None
 
 
@@ -987,8 +966,7 @@ def make_session(workers: int) -> requests.Session:
     """A session for ``workers`` threads, which keeps connections alive."""
     session = requests.Session()
     session.trust_env = False  # no .netrc for the CDN
-    agent = f"download_succeeded_videos/{__version__}"
-    session.headers.update({"User-Agent": agent, "Accept-Encoding": "identity"})
+    session.headers["Accept-Encoding"] = "identity"
     adapter = SharedContextAdapter(pool_connections=workers, pool_maxsize=workers)
     session.adapters.update({"http://": adapter, "https://": adapter})
     return session
@@ -1003,7 +981,7 @@ class Pace:
 
     def __init__(self, proxies: dict[str, str]) -> None:
         self.proxies = proxies
-        self._interval_s = 0.0
+        self._interval_s = self._held_s = 0.0
         self._next = self._served = self._slowed = -math.inf
 
     def take_turn(self, now: float, jitter: float) -> float:
@@ -1014,17 +992,21 @@ class Pace:
         return 0.0
 
     def served(self, now: float) -> None:
-        self._served = now
+        self._served, self._held_s = now, 0.0
         self._interval_s = 0.95 * self._interval_s if self._interval_s > 0.01 else 0.0
 
-    def overloaded(self, now: float, asked: float, hold_s: float) -> bool:
-        """Slow down, once for all requests of a burst; whether others are still served."""
-        if now - self._served > STILL_SERVING_S:
+    def overloaded(self, now: float, asked: float, hold_s: float, is_sending: bool) -> bool:
+        """Slow down, once for all requests of a burst; whether others are still served.
+
+        They are while it ``is_sending`` a body. Time it told us to wait does not count against it.
+        """
+        self._next = max(self._next, now + hold_s)
+        if not is_sending and now - self._served - self._held_s > STILL_SERVING_S:
             self._interval_s = 0.0
             return False
         if asked >= self._slowed:
             self._slowed, self._interval_s = now, min(1.0, max(0.05, 2 * self._interval_s))
-        self._next = max(self._next, now + hold_s)
+            self._held_s += hold_s
         return True
 
 
@@ -1070,7 +1052,9 @@ class Workplace:
         response.close()
         wait_s = retry_after_s(response.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
-        serves = pace.overloaded(time.monotonic(), asked, hold_s)
+        active = (each for each in self.downloads if not each.part.file.closed)
+        is_sending = any(each.received and not each.waiting for each in active)
+        serves = pace.overloaded(time.monotonic(), asked, hold_s, is_sending)
         raise TransientError(f"the server answered HTTP {response.status_code}", wait_s, not serves)
 
     def wait(self, seconds: float) -> None:
@@ -1082,13 +1066,12 @@ class Workplace:
 
         What has come already is read, and used, by one thread at a time: 32 that hand each other
         the interpreter after every 16 kB take a fifth longer. Where a read may have to wait, it
-        takes whatever comes first, so that the rate can be seen; urllib3 before 2.2 cannot, so
-        there it is as short as the least rate fills in half the time.
+        takes whatever comes first, so that the rate can be seen. urllib3 before 2.2 cannot: there
+        it is short.
         """
         raw, since, before = response.raw, time.monotonic(), 0
         is_encoded = "Content-Encoding" in response.headers
-        least = min(READ_BYTES, max(1, int(STALL_BYTES_PER_SECOND * self.timeout_s / 2)))
-        read, most = (raw.read1, READ_BYTES) if hasattr(raw, "read1") else (raw.read, least)
+        read, most = (raw.read1, READ_BYTES) if hasattr(raw, "read1") else (raw.read, 256)
         try:
             while True:
                 self.wait(0)
@@ -1120,12 +1103,11 @@ NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSErr
 
 def explain(error: BaseException | None, timeout_s: float) -> TaskError:
     """A library's exception in our words: theirs may hold the link, query and all."""
-    if isinstance(error, requests.exceptions.SSLError) and re.search(
-        "verify failed|n't match", str(error)
-    ):
+    is_refused = re.search("verify failed|n't match", str(error))
+    if isinstance(error, requests.exceptions.SSLError) and is_refused:
         return TaskError("the server's certificate is not trusted", "set REQUESTS_CA_BUNDLE")
     if isinstance(error, (requests.TooManyRedirects, ValueError)):
-        return TaskError("no usable address", "see the link, HTTPS_PROXY, RUNWAYML_API_SECRET")
+        return TaskError("no usable address", "see the link, HTTPS_PROXY, RUNWAYML_BASE_URL")
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
         return TransientError(f"stalled: nothing came within {timeout_s:g} s")
     while error:
@@ -1198,7 +1180,7 @@ class Outcome:
     """What became of one task: its video's ``path`` and bytes, and the ``fault`` if it failed.
 
     One that is there may have a fault as well: it could not be handed over. ``notes`` are
-    lines for the console, ``expires`` is a dry run's, in ISO 8601.
+    lines for the console.
     """
 
     task: Task
@@ -1208,7 +1190,6 @@ class Outcome:
     fault: TaskError | None = None
     warning: str = ""
     notes: tuple[str, ...] = ()
-    expires: str = ""
 
     @property
     def error(self) -> str:
@@ -1224,7 +1205,8 @@ class Outcome:
         path = str(self.path) if self.status is not Status.FAILED or self.size_bytes else None
         what = {"task_id": self.task.task_id, "status": self.status.value, "path": path}
         said = {"error": self.error or None, "warning": self.warning or None}
-        more = {"expires": self.expires} if self.expires else {}
+        expiry = link_expiry(self.task.link) if self.status is Status.PENDING else math.inf
+        more = {"expires": utc(expiry).isoformat()} if expiry < math.inf else {}
         return {**what, "size_bytes": self.size_bytes, **said, **more}
 
 
@@ -1270,7 +1252,7 @@ class Download:
             self._place.downloads.append(self)
             try:
                 outcome, keep = self._act(), False
-                return hand_over(outcome, self._place.command)
+                return hand_over(outcome, self._place)
             finally:
                 self.part.release(keep)
         except TaskError as fault:
@@ -1290,10 +1272,11 @@ class Download:
             except LinkDead as error:
                 if self._link and not self._is_fresh:
                     self._dead, self._link = error, ""  # the next attempt asks for a fresh one
-                elif self._plan.action is Action.ASK:
-                    return self._adopt(f"  ℹ️ Taken for this task's, unasked: {error.why}")
-                else:
+                elif self._plan.action is not Action.ASK:
                     raise
+                else:
+                    with contextlib.suppress(TransientError):  # it is another task's by now
+                        return self._adopt(f"  ℹ️ Taken for this task's, unasked: {error.why}")
             except TransientError as error:
                 self._back_off(error)
                 if not self.part.is_intact:
@@ -1311,13 +1294,13 @@ class Download:
         if self.part.share < 1:
             if not self._link:
                 self._link, self._is_fresh = self._fresh_link(), True
-            if not self._transfer():
-                return self._adopt()
+            if adopted := self._transfer():
+                return adopted
         with disk_errors("read the video back"):
             content = inspect(self.part.file, self.part.size_bytes)
         if content is Content.CUT or (content is Content.SURPLUS and not self._length_matched):
             self.part.restart()
-            raise TransientError("the server sent an MP4 cut short")
+            raise TransientError(f"the server sent {content.value}")
         if content not in KEPT:
             self.part.restart()
             raise TaskError(f"what the server sent is {content.value}", "see the task in Runway")
@@ -1327,21 +1310,20 @@ class Download:
     def _fresh_link(self) -> str:
         """A link from Runway; else raise `LinkDead`, saying what would help."""
         detail, expiry = self._dead.detail, link_expiry(self._task.link)
-        if expiry is not None:
+        if expiry < math.inf:
             word = "expired" if expiry <= time.time() else "valid until"
-            detail += f", {word} {utc_text(expiry)}"
-        if not api_secret():
+            detail += f", {word} {utc(expiry):%Y-%m-%d %H:%M:%S} UTC"
+        if not (api_secret() and self._task.task_id):
             hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh link"
+            hint = hint if self._task.task_id else "run the polling step again"
             raise LinkDead(self._dead.reason, hint, detail)
         try:
-            link = fetch_fresh_link(self._task.task_id, self._place)
+            return fetch_fresh_link(self._task.task_id, self._place)
         except LinkDead as error:
             raise LinkDead(f"{self._dead.reason}; {error.reason}", error.hint, detail) from None
-        self._notes["  🔑 Fetched a fresh link from Runway"] += 1
-        return link
 
-    def _transfer(self) -> bool:
-        """Ask and receive; False if the answer shows that the file there is this task's own."""
+    def _transfer(self) -> Outcome | None:
+        """Ask and receive, unless the answer shows that the file there is this task's own."""
         part, headers = self.part, {}
         if part.source and part.size_bytes:
             headers = {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
@@ -1349,35 +1331,37 @@ class Download:
             self.waiting = ""
             status, (start, total, source) = response.status_code, read_head(response)
             continues = 0 < part.size_bytes == start and source == part.source
-            if part.size_bytes and status in (206, 416) and not continues:
-                part.restart()  # the server has another object by now
+            if part.size_bytes and not continues and status in (206, 400, 405, 412, 416, 501):
+                part.restart()  # the server has another object by now, or gives no ranges
                 return self._transfer()
             check_status(status, response.headers)
             if not continues and start != 0:
                 raise TransientError("the server sent a part that was not asked for")
             if self._plan.action is Action.ASK:
-                if total == self._plan.size_bytes:
-                    return False
+                with contextlib.suppress(TransientError):  # it is another task's by now
+                    if total == self._plan.size_bytes:
+                        return self._adopt()
                 self._choose_name()
             if continues:
                 self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
             else:
                 part.restart(source)
             self._receive(response)
-        return True
+        return None
 
     def _receive(self, response: requests.Response) -> None:
         """Write the body to the part and count it against what the head announced."""
         part, announced = self.part, response.raw.length_remaining
         self._length_matched = announced is not None
-        try:
-            for data in self._place.chunks(response):
-                part.write(data)
-                self.received += len(data)
-        finally:
+        for data in self._place.chunks(response):
+            part.write(data)
+            self.received += len(data)
             if part.size_bytes > self._most_bytes:
                 self._most_bytes, self._failures = part.size_bytes, 0
-        if (announced or 0) > response.raw.tell() or (part.source and part.share != 1):
+        if part.share > 1:
+            part.restart()
+            raise TransientError("the server sent more than it announced")
+        if (announced or 0) > response.raw.tell() or (part.source and part.share < 1):
             raise TransientError("the connection was cut")
 
     def _back_off(self, error: TransientError) -> None:
@@ -1405,7 +1389,7 @@ class Download:
     def _publish(self) -> Outcome:
         """Give the whole video its name, or another if that is taken by now."""
         with disk_errors("write the video"):
-            info = file_info(self.part.file, self.part.sha256)
+            info = file_info(self.part.file)
             os.fsync(self.part.file.fileno())
         for _ in range(NAME_TRIES):
             self._choose_name()
@@ -1455,20 +1439,22 @@ class Download:
 # --- Handing over: the command that takes each new video on -----------------------------------
 
 
-def hand_over(outcome: Outcome, command: Sequence[str]) -> Outcome:
-    """Run ``command`` if the metadata says that the video is still to be handed over.
+def hand_over(outcome: Outcome, place: Workplace) -> Outcome:
+    """Run the command if the metadata says that the video is still to be handed over.
 
     The metadata then says that it was: at least once, since a kill may come in between.
     """
-    path = outcome.path.with_suffix(".json")
+    path, command = outcome.path.with_suffix(".json"), place.command
     if not command or outcome.fault or not is_waiting(path):
         return outcome
     try:
-        run_command(command, {"{video}": outcome.path, "{metadata}": path})
+        run_command(place, {"{video}": outcome.path, "{metadata}": path})
         with disk_errors("record that it was handed over"):
             if old := read_metadata(path):  # the command may have moved it
                 new = encode_metadata(old | {"handed_over": True})
                 write_whole(path, new, outcome.task.key, replaces=True)
+    except Cancelled:  # the next run hands it over
+        return outcome
     except TaskError as fault:
         return replace(outcome, fault=fault)
     return replace(outcome, notes=(*outcome.notes, f"  🔧 Handed over: {printable(command[0])}"))
@@ -1479,20 +1465,25 @@ def is_waiting(metadata: Path) -> bool:
     return read_metadata(metadata).get("handed_over") is False
 
 
-def run_command(template: Sequence[str], paths: Mapping[str, Path]) -> None:
-    """Run ``template`` without a shell and without the API key; raises `TaskError`.
+def run_command(place: Workplace, paths: Mapping[str, Path]) -> None:
+    """Run the command without a shell and without the API key; raises `TaskError`, `Cancelled`.
 
     ``paths`` go in, as absolute ones, for the ``{word}`` that is their key.
     """
     either = re.compile("|".join(paths))
-    words = [either.sub(lambda word: str(paths[word[0]].absolute()), part) for part in template]
+    filled = {word: str(path.absolute()) for word, path in paths.items()}
+    words = [either.sub(lambda word: filled[word[0]], part) for part in place.command]
     clean = {key: value for key, value in os.environ.items() if key != "RUNWAYML_API_SECRET"}
     none, both = subprocess.DEVNULL, subprocess.STDOUT
     said = why = ""
     try:
         with tempfile.TemporaryFile() as output:
-            done = subprocess.run(words, stdin=none, stdout=output, stderr=both, env=clean)
-            why = f"exit code {done.returncode}" if done.returncode else ""
+            process = subprocess.Popen(words, stdin=none, stdout=output, stderr=both, env=clean)
+            while process.poll() is None and not place.stop.wait(TICK_S / 5):
+                pass
+            process.terminate()  # where it has not ended, but the run does
+            place.wait(TICK_S if process.returncode else 0)  # Ctrl-C may have ended both
+            why = f"exit code {process.returncode}" if process.returncode else ""
             output.seek(0)
             said = b"".join(deque(output, maxlen=1)).decode(errors="replace").strip()[:200]
     except (OSError, ValueError) as error:
@@ -1531,7 +1522,7 @@ def statistics_lines(stats: Mapping[str, int]) -> list[str]:
         f"⚠️ Already existed: {stats['already_exists']}",
         f"❌ Failed downloads: {stats['failed_downloads']}",
     ]
-    return [*lines, f"📈 Success rate: {100 * on_disk / total:.1f}%"] if total else lines
+    return [*lines, f"📈 Success rate: {1000 * on_disk // total / 10}%"] if total else lines
 
 
 def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
@@ -1592,7 +1583,7 @@ class Console:
 
     def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
         self._quiet, self._as_json = quiet, as_json
-        self._live, self._printed = "", time.monotonic()
+        self._printed = time.monotonic()
 
     def say(self, *lines: str) -> None:
         if not self._quiet:
@@ -1611,12 +1602,10 @@ class Console:
         """Draw the live line, none of no ``parts``; off a terminal break a long silence."""
         columns = 0
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            if sys.stderr.isatty() and not self._quiet:
-                columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        if columns:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        if columns and not self._quiet:
             live = "  ".join(parts)[: columns - 3]  # emoji, two at most, are two columns wide
-            clear, self._live = "\r\x1b[K" if self._live else "", live
-            self._put(sys.stderr, clear + live)
+            self._put(sys.stderr, f"\r\x1b[K{live}")
         elif parts and time.monotonic() - self._printed >= SILENCE_S:
             self.say("  ".join(parts))
 
@@ -1666,10 +1655,9 @@ class Crew:
 
     def _labour(self) -> None:
         for job in iter(self.todo.get, None):
-            result: Outcome | DownloaderError
             try:
                 self._place.wait(0)
-                result = Download(job, self._place).run()
+                result: Outcome | DownloaderError = Download(job, self._place).run()
             except InOtherHands:
                 self.held.add(job.task.key)
                 self.todo.put(job)
@@ -1731,8 +1719,7 @@ class VideoDownloader:
 
     def find_all_polling_results(self, directory: str | Path = ".") -> list[Path]:
         """The results files in ``directory``, its ``video_outputs`` and the output directory."""
-        places = (directory, Path(directory) / DEFAULT_OUTPUT_DIR, self._directory)
-        return find_results_files(places)
+        return find_results_files([directory, Path(directory, DEFAULT_OUTPUT_DIR), self._directory])
 
     def load_polling_results(self, path: str | Path) -> dict[str, Any]:
         """The object in results file ``path``; ``{}`` and a printed line when there is none."""
@@ -1773,7 +1760,8 @@ class VideoDownloader:
             with disk_errors("write the metadata"), open(video, "rb") as file:
                 put_metadata(Path(metadata_path), checked, video.name, file_info(file))
         except (DownloaderError, OSError, ValueError) as error:
-            self._console.complain(f"❌ {printable(metadata_path)}: {printable(error)}")
+            reason = getattr(error, "strerror", None) or error
+            self._console.complain(f"❌ {printable(metadata_path)}: {printable(reason)}")
             return False
         return True
 
@@ -1786,12 +1774,14 @@ class VideoDownloader:
     # The run
 
     def _run_safely(self, tasks: Sequence[Task]) -> int:
-        try:
-            return self.run(tasks)
-        except JobError as error:
-            self._console.complain(f"❌ {error}")
-            self.stats["failed_downloads"] += len(tasks) - len(self.outcomes) + self._before
-            return sum(each.status is not Status.FAILED for each in self.outcomes[self._before :])
+        with self._turn:
+            try:
+                return self.run(tasks)
+            except JobError as error:
+                self._console.complain(f"❌ {error}")
+                new = self.outcomes[self._before :]
+                self.stats["failed_downloads"] += len(tasks) - len(new)
+                return sum(each.status is not Status.FAILED for each in new)
 
     def run(self, tasks: Sequence[Task]) -> int:
         """Bring ``tasks`` to disk; how many are there. Raises `JobError`, KeyboardInterrupt."""
@@ -1811,7 +1801,7 @@ class VideoDownloader:
             if (more := existing - EXISTING_SHOWN) > 0:
                 self._console.say("", f"  ⚠️ … and {more:,} more that already exist")
             if jobs:
-                self._work(sorted(jobs, key=urgency), shelf, claimed)
+                self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), shelf, claimed)
             failed = count_outcomes(self.outcomes[self._before :])["failed_downloads"]
             if not failed:
                 sweep(self._directory, shelf.names, tasks)
@@ -1891,20 +1881,20 @@ def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], lis
 def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> list[Outcome]:
     """List what a run would do, soonest to expire first; no request, nothing written."""
     counts = Counter({"to do": 0, "expired": 0, "already there": 0})
+    plans = plan_all(tasks, Shelf.scan(directory), {})
     found = list[Outcome]()
-    for plan in sorted(plan_all(tasks, Shelf.scan(directory), {}), key=urgency):
+    for plan in sorted(plans, key=lambda plan: link_expiry(plan.task.link)):
         expiry, is_there = link_expiry(plan.task.link), plan.action in (Action.KEEP, Action.ADOPT)
-        is_dead = expiry is not None and expiry <= time.time()
+        is_dead = expiry <= time.time()
         said = "the link does not say when it expires" if plan.task.link else NO_LINK
-        if expiry is not None:
-            said = f"the link {'expired' if is_dead else 'expires'} {utc_text(expiry)}"
+        if expiry < math.inf:
+            said = f"the link expire{'d' if is_dead else 's'} {utc(expiry):%Y-%m-%d %H:%M:%S} UTC"
         lost = not (plan.task.link or is_there or plan.action is Action.ASK or api_secret())
         fault = TaskError(NO_LINK, "set RUNWAYML_API_SECRET to fetch one") if lost else None
         status = Status.EXISTS if is_there else Status.FAILED if lost else Status.PENDING
         word = "without a link" if lost else "expired" if is_dead else "to do"
         counts["already there" if is_there else word] += 1
-        expires = datetime.fromtimestamp(expiry, timezone.utc).isoformat() if expiry else ""
-        found.append(Outcome(plan.task, status, plan.path, plan.size_bytes, fault, expires=expires))
+        found.append(Outcome(plan.task, status, plan.path, plan.size_bytes, fault))
         if status is not Status.EXISTS:
             console.say(f"  {found[-1].label}: {said}")
     console.say("", "🔎 Dry run: " + ", ".join(f"{n:,} {word}" for word, n in counts.items()))
@@ -1947,7 +1937,7 @@ def check_video(path: Path, metadata: Object) -> Outcome:
                 reason = "another size than when it was downloaded"
                 detail = f"{size:,} bytes, not {info['size_bytes']}"
             elif size and "sha256" in info:
-                is_same = hash_file(file).hexdigest() == info["sha256"]
+                is_same = hash_file(file) == info["sha256"]
                 reason = "" if is_same else "another SHA-256 than when it was downloaded"
             elif (content := inspect(file, size)) is not Content.WHOLE:
                 reason = f"it is {content.value}"
@@ -2025,7 +2015,8 @@ def write_gallery(directory: Path, console: Console) -> None:
     cards = [gallery_card(*pair) for pair in pairs if file_bytes(pair[0])]
     text = GALLERY_PAGE.substitute(cards="".join(cards), n=len(cards), js=GALLERY_JS)
     with disk_errors(f"write the gallery {printable(page)}"):
-        if os.path.lexists(page) and mark not in page.read_bytes()[:READ_BYTES]:
+        is_own = os.path.isfile(page) and mark in page.read_bytes()[:READ_BYTES]
+        if os.path.lexists(page) and not is_own:
             console.complain("", f"⚠️ {printable(page)} is not this script's: left alone; rename it")
             return
         write_whole(page, text.encode(errors="replace"), GALLERY_NAME, replaces=True)
@@ -2060,7 +2051,7 @@ def command(text: str) -> tuple[str, ...]:
     words = shlex.split(text.replace("\\", "\\\\") if os.name == "nt" else text)
     if not words or not shutil.which(words[0]):
         raise argparse.ArgumentTypeError(f"{text!r}: there is no such command")
-    if unknown := set(re.findall(r"\{\w+\}", text)) - {"{video}", "{metadata}"}:
+    if unknown := set(re.findall(r"\{[\w-]*\}", text)) - {"{video}", "{metadata}"}:
         raise argparse.ArgumentTypeError(f"{min(unknown)} is not {{video}} or {{metadata}}")
     return tuple(words)
 
@@ -2097,22 +2088,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> Options:
     """The options; what cannot be is refused with what could (exit 2)."""
     parser = build_parser()
     options, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        known = re.findall(r"--[a-z-]+", parser.format_usage())
+        known = re.findall(r"--[a-z-]+", parser.format_help())
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         parser.error(f"unknown option {unknown[0]}" + (f": is {near[0]} meant?" if near else ""))
     if bool(options.files) + bool(options.polling_results_file) + options.all > 1:
         parser.error("give only one of FILE, --polling-results-file and --all")
-    if options.polling_results_file:
-        options.files = [options.polling_results_file]
+    options.files += [options.polling_results_file] if options.polling_results_file else []
     return options
 
 
-def choose_results_files(options: argparse.Namespace, console: Console) -> list[Path]:
+def choose_results_files(options: Options, console: Console) -> list[Path]:
     """The results files the command line asks for; raises `JobError` when there are none."""
     if options.files:
         return sorted(options.files, key=results_time, reverse=True)
@@ -2128,26 +2118,29 @@ def choose_results_files(options: argparse.Namespace, console: Console) -> list[
     return files[:1]
 
 
-def do(options: argparse.Namespace, console: Console, outcomes: list[Outcome]) -> str:
-    """Do what the command line says, and add the ``outcomes``; what was wrong with its input.
+def do(options: Options, console: Console, outcomes: list[Outcome], stats: dict[str, int]) -> str:
+    """Do what the command line says; what was wrong with its input.
 
-    Raises `JobError` and KeyboardInterrupt.
+    Adds to ``outcomes`` and ``stats``. Raises `JobError` and KeyboardInterrupt.
     """
     if options.verify:
         outcomes += verify(options.output_dir, console)
+        stats |= count_outcomes(outcomes)
         return ""
     paths = choose_results_files(options, console)
     tasks, errors = read_tasks(paths, console)
     unread = "; ".join(shortened(errors, LISTED))
     if errors and len(errors) == len(paths):
         raise JobError(unread)
-    tasks = [task for task in tasks if in_shard(task.stub, options.shard)]
+    part, parts = options.shard
+    tasks = [task for task in tasks if int(digest(fold(task.stub)), 16) % parts == part - 1]
     if options.dry_run:
         outcomes += dry_run(tasks, options.output_dir, console)
+        stats |= count_outcomes(outcomes)
     else:
         settings = {name: getattr(options, name) for name in SETTINGS}
         downloader = VideoDownloader(options.output_dir, console=console, **settings)
-        downloader.outcomes = outcomes
+        downloader.outcomes, downloader.stats = outcomes, stats
         try:
             downloader.run(tasks)
             if options.gallery:
@@ -2168,9 +2161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; the exit code, as ``--help`` lists them."""
     options = parse_arguments(argv)
     console = Console(options.quiet, options.json)
-    outcomes: list[Outcome] = []
+    outcomes, stats = list[Outcome](), count_outcomes()
     try:
-        error = do(options, console, outcomes)
+        error = do(options, console, outcomes, stats)
         exit_code = 3 if error or any(outcome.fault for outcome in outcomes) else 0
     except DownloaderError as fatal:
         exit_code, error = 1, str(fatal)
@@ -2181,7 +2174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.complain(*(["", f"❌ {error}"] if error else []))
     if options.json:
         videos = [outcome.as_json() for outcome in outcomes]
-        report: dict[str, Any] = {"stats": count_outcomes(outcomes), "videos": videos}
+        report: dict[str, Any] = {"stats": stats, "videos": videos}
         report |= {"exit_code": exit_code, "error": error or None}
         try:
             print(json.dumps(report, indent=2), flush=True)
@@ -2192,7 +2185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, stop)
-    os._exit(main())  # at once: worker threads may still wait for a server
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    try:
+        exit_code = main()
+    except KeyboardInterrupt as interrupt:  # while its last lines are printed
+        exit_code = 128 + interrupt.args[0]
+    os._exit(exit_code)  # at once: worker threads may still wait for a server
