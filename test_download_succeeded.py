@@ -413,6 +413,7 @@ def test_latest_goes_by_the_time_in_the_name_else_by_the_modification_time(tmp_p
     times = ["night_20250105_000000 (2)", "20250230_000000", "20250103_000000", "one"]
     found = [path.stem.partition("results_")[2] for path in paths]
     assert found == [*times, "20250101_000000"]
+    assert dsv.find_results_files([tmp_path, "x" * 5000]) == paths
 
 
 NO_RESULTS = 'is not a polling-results file, which looks like {"task_results": [{"task_id"'
@@ -867,6 +868,48 @@ def test_one_orphan_is_taken_for_one_task_alone(tmp_path: Path, cdn: Cdn) -> Non
     assert len(cdn.requests) == 2
 
 
+@pytest.mark.parametrize("reply", [Reply(), Reply(status=403)], ids=["alive", "dead"])
+def test_an_orphan_goes_to_its_task_whoever_has_its_stub_before(
+    tmp_path: Path, cdn: Cdn, reply: Reply
+) -> None:
+    first = OTHERS | {"video_url": cdn.add("first", NEW)}
+    report = run_for(
+        tmp_path, first, MINE | {"video_url": cdn.add("0", WHOLE, reply)}, **{"s.mp4": WHOLE}
+    )
+    assert report["stats"] == figures(total_succeeded=2, downloaded=1, already_exists=1)
+    names = owners(tmp_path / "video_outputs")
+    assert (names[MINE["task_id"]], len(cdn.requests)) == ("s", 2)
+
+
+def test_a_name_promised_to_one_task_does_not_hide_anothers_video(tmp_path: Path, cdn: Cdn) -> None:
+    output_dir, first = tmp_path / "video_outputs", cdn.add("first", NEW, Reply(pause_at=1000))
+    rows = OTHERS | {"video_url": first}, MINE | {"video_url": cdn.add("0", WHOLE)}
+    write_results(tmp_path, rows)
+    process = start_script(tmp_path, "--workers", "1")
+    wait_until(lambda: cdn.requests)
+    lay_out(output_dir, ALL_OURS)  # by another run
+    cdn.released.set()
+    assert finish(process).returncode == 0
+    assert owners(output_dir) == {MINE["task_id"]: "s", OTHERS["task_id"]: "s_c4ca4238"}
+    assert len(cdn.requests) == 1
+
+
+def test_a_short_id_within_a_name_is_no_claim_to_it(tmp_path: Path, cdn: Cdn) -> None:
+    row = make_row(task_id="1", target_filename_stub="clip_12", video_url=cdn.add("0", NEW))
+    assert run_for(tmp_path, row, **{"clip_12.mp4": WHOLE})["stats"]["downloaded"] == 1
+
+
+def test_a_row_without_id_and_link_takes_nothing(tmp_path: Path, cdn: Cdn) -> None:
+    row = make_row(task_id=None, video_url=None)
+    report = run_for(tmp_path, row, **{"picture_0.mp4": WHOLE})
+    assert report["stats"] == figures(total_succeeded=1, failed_downloads=1)
+    assert "run the polling step again" in report["console"]
+    assert names_in(tmp_path / "video_outputs") == {"picture_0.mp4"}
+    env = {"RUNWAYML_API_SECRET": "key", "RUNWAYML_BASE_URL": cdn.url}
+    assert run_script(tmp_path, env=env).returncode == 3
+    assert cdn.requests == []
+
+
 def owners(directory: Path) -> dict[str, str]:
     """The name of each task's video."""
     found = {}
@@ -921,6 +964,29 @@ def test_a_server_that_serves_nobody_is_not_asked_for_ever(tmp_path: Path, cdn: 
     row = make_row(video_url=cdn.add("0.mp4", WHOLE, Reply(status=503)))
     assert "HTTP 503" in run_for(tmp_path, row)["videos"][row["task_id"]]["error"]
     assert len(cdn.requests) == 2
+
+
+@pytest.mark.parametrize("while_sending", [True, False])
+def test_a_server_that_sends_a_body_still_serves(
+    tmp_path: Path, cdn: Cdn, monkeypatch: pytest.MonkeyPatch, while_sending: bool
+) -> None:
+    monkeypatch.setattr(dsv, "STILL_SERVING_S", -1.0)
+    busy = [Reply(status=503, wait_s=0.2)] * 2
+    rows = serve(cdn, 2, Reply(bytes_per_second=SMALL), size=2 * SMALL)
+    cdn.replies["/1.mp4"] = [*busy, Reply()] if while_sending else busy
+    if not while_sending:
+        rows = rows[1:]
+    write_results(tmp_path, rows)
+    stats = run_json(tmp_path, "--retries", "0")["stats"]
+    assert (stats["failed_downloads"] == 0) == while_sending
+
+
+def test_time_that_a_server_told_us_to_wait_is_no_sign_that_it_serves_nobody() -> None:
+    pace = dsv.Pace({})
+    pace.served(0.0)
+    assert pace.overloaded(1.0, 0.5, 60.0, False)
+    assert pace.overloaded(61.5, 61.0, 0.5, False)
+    assert not pace.overloaded(90.0, 89.0, 0.5, False)
 
 
 # --- The console -------------------------------------------------------------------------------
@@ -1404,6 +1470,17 @@ RESUME_TABLE: dict[str, tuple[Sequence[Reply], Sequence[int | None], bytes]] = {
         OBJECT,
     ),
     "206-without-range": ([CUT, headed("Content-Range", None), Reply()], TWICE, OBJECT),
+    "206-of-more-than-it-says": (
+        [CUT, replace(sent_from(HALF), body=OBJECT), Reply()],
+        TWICE,
+        OBJECT,
+    ),
+    "206-of-more-in-chunks": (
+        [CUT, replace(sent_from(HALF), body=OBJECT, framing="chunked"), Reply()],
+        TWICE,
+        OBJECT,
+    ),
+    "ranges-refused": ([CUT, Reply(status=400), Reply()], TWICE, OBJECT),
     "206-gzipped": ([CUT, headed("Content-Encoding", "gzip"), Reply()], TWICE, OBJECT),
     "last-modified": ([replace(DATED, send=HALF), DATED], ONCE, OBJECT),
     "weak-etag": ([replace(WEAK, send=HALF), replace(WEAK, body=OTHER)], [None, None], OTHER),
@@ -2555,11 +2632,13 @@ def test_exec_that_fails_is_said_and_done_again_until_it_succeeds(tmp_path: Path
     put_video(videos, rows[0], make_mp4(0))  # what was there before is not new
     lay_out(videos, {"picture_1.mp4": make_mp4(1)})  # nor is what is adopted
     write_results(tmp_path, rows)
-    failing = make_recorder(tmp_path, "print('why \x1b[2J it failed'); sys.exit(7)")
+    failing = make_recorder(tmp_path, "print('why \x1b[2J https://x/a?secret failed'); sys.exit(7)")
     result = run_script(tmp_path, "--exec", failing)
     assert result.returncode == 3
     failure = read_failures(result.stderr)["picture_2.mp4"]
-    assert re.search(r"(?s)exit code 7.*why \?\[2J it failed.*run again with --exec", failure)
+    assert re.search(
+        r"(?s)exit code 7.*why \?\[2J https://x/a failed.*run again with --exec", failure
+    )
     assert run_script(tmp_path).returncode == 0
     video = run_json(tmp_path, "--exec", failing)["videos"][rows[2]["task_id"]]
     assert video["path"] == os.path.join("video_outputs", "picture_2.mp4")
@@ -2583,6 +2662,21 @@ def test_exec_killed_with_the_run_is_done_by_the_next(tmp_path: Path, cdn: Cdn) 
         assert run_script(tmp_path, "--exec", make_recorder(tmp_path)).returncode == 0
     assert len(read_calls(tmp_path)) == 2
     assert len(cdn.requests) == 1
+
+
+@unix_only
+def test_exec_ends_with_the_run_and_the_video_counts(tmp_path: Path, cdn: Cdn) -> None:
+    write_results(tmp_path, serve(cdn, 1))
+    slow = make_recorder(tmp_path, "import time; time.sleep(60); open('end', 'w')")
+    with ctrl_c_allowed():
+        process = start_script(tmp_path, "--json", "--exec", slow)
+    wait_until((tmp_path / "calls").exists)
+    process.send_signal(signal.SIGTERM)
+    result = finish(process)
+    assert (result.returncode, "not handed over" in result.stderr) == (143, False)
+    assert json.loads(result.stdout)["stats"] == figures(total_succeeded=1, downloaded=1)
+    assert run_script(tmp_path, "--exec", make_recorder(tmp_path)).returncode == 0
+    assert len(read_calls(tmp_path)) == 2
 
 
 @unix_only
@@ -2664,6 +2758,10 @@ def test_gallery_is_remade_but_another_page_left_alone(tmp_path: Path, cdn: Cdn)
     result = run_script(tmp_path / "a", "--gallery")
     assert page.read_text(encoding="utf-8") == "<title>mine</title>"
     assert "index.html" in result.stdout + result.stderr
+    page.unlink()
+    page.mkdir()
+    result = run_script(tmp_path / "a", "--gallery")
+    assert (result.returncode, "left alone" in result.stderr) == (0, True)
 
 
 # Options, exit codes, layout
@@ -2675,7 +2773,8 @@ REFUSED = {
     "K/N with K from 1 to N": ["--shard 0/4", "--shard 5/4", "--shard 1/0", "--shard x"],
     "no such command": ["--exec ''", "--exec 'no-such-command {video}'"],
     "invalid command value": ['--exec "\'unbalanced {video}"'],
-    "{video}": [f"--exec '{PYTHON} {{vid}}'"],
+    "{video}": [f"--exec '{PYTHON} {{{word}}}'" for word in ("vid", "video-file", "")],
+    "--quiet": ["--quite"],
     "expected one argument": ["--polling-results-file"],
     "only one of FILE": ["--all a.json", "--all --polling-results-file a.json",
                              "a.json --polling-results-file b.json"],
@@ -2720,6 +2819,7 @@ def test_a_file_as_output_directory_is_one_message(tmp_path: Path, cdn: Cdn) -> 
         said.add(result.stderr.splitlines()[-1])
     assert len(said) == 1
     assert said.pop().startswith("❌ the output directory taken cannot be used: ")
+    assert "name too long" in run_script(tmp_path, "--output-dir", "x" * 300).stderr
     assert cdn.requests == []
 
 
