@@ -906,7 +906,6 @@ def read_head(response: requests.Response) -> tuple[int, int, Source | None]:
     start, total = 0, -1 if announced is None else announced
     if response.status_code == 206:
         start, total = content_range(headers)
-        start = start if announced in (None, total - start) else -1
     if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         total = -1
     validator = (headers.get("ETag") or headers.get("Last-Modified") or "").strip()

@@ -2667,13 +2667,15 @@ def test_exec_killed_with_the_run_is_done_by_the_next(tmp_path: Path, cdn: Cdn) 
 @unix_only
 def test_exec_ends_with_the_run_and_the_video_counts(tmp_path: Path, cdn: Cdn) -> None:
     write_results(tmp_path, serve(cdn, 1))
-    slow = make_recorder(tmp_path, "import time; time.sleep(60); open('end', 'w')")
+    end = "signal.signal(15, lambda *_: os.mkdir('ended') or os._exit(0)); os.mkdir('ready')"
+    slow = make_recorder(tmp_path, f"import signal, time; {end}; time.sleep(60)")
     with ctrl_c_allowed():
         process = start_script(tmp_path, "--json", "--exec", slow)
-    wait_until((tmp_path / "calls").exists)
+    wait_until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGTERM)
     result = finish(process)
     assert (result.returncode, "not handed over" in result.stderr) == (143, False)
+    wait_until((tmp_path / "ended").exists)
     assert json.loads(result.stdout)["stats"] == figures(total_succeeded=1, downloaded=1)
     assert run_script(tmp_path, "--exec", make_recorder(tmp_path)).returncode == 0
     assert len(read_calls(tmp_path)) == 2
