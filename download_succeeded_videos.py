@@ -706,9 +706,8 @@ def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str], in_hand: boo
 
     ``claimed`` maps folded stubs that are about to be filled to the key of their task. With
     the whole video ``in_hand``, another one without metadata is nothing to ask about; nor is it
-    for a task without a key, which cannot be known again. The
-    task's own video wins, then a place its metadata already holds, then a video under a name
-    with its id, then the best name that nobody has.
+    for a task without a key, which cannot be known again. The task's own video wins, then a place
+    its metadata already holds, then a video under a name with its id, then the best free name.
     """
     home = shelf.homes.get(task.key, task.stub)
     best, holder = None, ""
@@ -1063,10 +1062,10 @@ class Workplace:
     def chunks(self, response: requests.Response) -> Iterator[bytes]:
         """The decoded body in blocks; raises `TransientError` when it all but stops.
 
-        What has come already is read, and used, by one thread at a time: 32 that hand each other
-        the interpreter after every 16 kB take a fifth longer. Where a read may have to wait, it
-        takes whatever comes first, so that the rate can be seen. urllib3 before 2.2 cannot: there
-        it is short.
+        Half of what has come already (not all: of TLS, some is no body, and the last record may be
+        cut) is read, and used, by one thread at a time: 32 that hand each other the interpreter
+        after every 16 kB take a fifth longer. Where a read may have to wait, it takes whatever
+        comes first, so that the rate can be seen. urllib3 before 2.2 cannot: there it is short.
         """
         raw, since, before = response.raw, time.monotonic(), 0
         is_encoded = "Content-Encoding" in response.headers

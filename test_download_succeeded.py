@@ -873,9 +873,8 @@ def test_an_orphan_goes_to_its_task_whoever_has_its_stub_before(
     tmp_path: Path, cdn: Cdn, reply: Reply
 ) -> None:
     first = OTHERS | {"video_url": cdn.add("first", NEW)}
-    report = run_for(
-        tmp_path, first, MINE | {"video_url": cdn.add("0", WHOLE, reply)}, **{"s.mp4": WHOLE}
-    )
+    mine = MINE | {"video_url": cdn.add("0", WHOLE, reply)}
+    report = run_for(tmp_path, first, mine, **{"s.mp4": WHOLE})
     assert report["stats"] == figures(total_succeeded=2, downloaded=1, already_exists=1)
     names = owners(tmp_path / "video_outputs")
     assert (names[MINE["task_id"]], len(cdn.requests)) == ("s", 2)
@@ -973,10 +972,8 @@ def test_a_server_that_sends_a_body_still_serves(
     monkeypatch.setattr(dsv, "STILL_SERVING_S", -1.0)
     busy = [Reply(status=503, wait_s=0.2)] * 2
     rows = serve(cdn, 2, Reply(bytes_per_second=SMALL), size=2 * SMALL)
-    cdn.replies["/1.mp4"] = [*busy, Reply()] if while_sending else busy
-    if not while_sending:
-        rows = rows[1:]
-    write_results(tmp_path, rows)
+    cdn.replies["/1.mp4"] = [*busy, Reply()]
+    write_results(tmp_path, rows if while_sending else rows[1:])
     stats = run_json(tmp_path, "--retries", "0")["stats"]
     assert (stats["failed_downloads"] == 0) == while_sending
 
@@ -1391,6 +1388,7 @@ CONTENTS: dict[str, tuple[bytes, bool, str]] = {
     "empty": (b"", False, "empty"),
     "a-zero-byte": (b"\0", False, "zero bytes"),
     "zeros": (bytes(200_000), False, "zero bytes"),
+    "bytes-behind-zeros": (bytes(200_000) + b"\1", True, "no MP4"),
     "page-behind-a-mark": (b"\xef\xbb\xbf\r\n<!DOCTYPE html>", False, "text"),
     "xml": (b'<?xml version="1.0"?><Error/>', False, "text"),
     "json": (b'{"error": "expired"}', False, "text"),
@@ -1480,13 +1478,17 @@ RESUME_TABLE: dict[str, tuple[Sequence[Reply], Sequence[int | None], bytes]] = {
         TWICE,
         OBJECT,
     ),
-    "ranges-refused": ([CUT, Reply(status=400), Reply()], TWICE, OBJECT),
     "206-gzipped": ([CUT, headed("Content-Encoding", "gzip"), Reply()], TWICE, OBJECT),
     "last-modified": ([replace(DATED, send=HALF), DATED], ONCE, OBJECT),
     "weak-etag": ([replace(WEAK, send=HALF), replace(WEAK, body=OTHER)], [None, None], OTHER),
     "no-validator": ([replace(UNMARKED, send=HALF), Reply(body=OTHER)], [None, None], OTHER),
     "no-length": ([Reply(send=HALF, framing="chunked"), Reply(body=OTHER)], [None, None], OTHER),
 }
+
+
+for refused in (400, 405, 412, 501):
+    replies = [CUT, Reply(status=refused), Reply()]
+    RESUME_TABLE[f"ranges-refused-{refused}"] = (replies, TWICE, OBJECT)
 
 
 @pytest.fixture(scope="module", params=["in-one-run", "in-a-later-run"])
@@ -1698,7 +1700,7 @@ def test_a_whole_part_is_kept_while_its_name_cannot_be_settled(cdn: Cdn, tmp_pat
 
 
 SABOTAGE = """
-import errno, os, signal, ssl, threading
+import builtins, errno, os, signal, ssl, threading
 count = 0
 def spied(call):
     def instead(*arguments, **options):
@@ -2108,6 +2110,18 @@ def test_a_stopped_run_leaves_its_part_and_the_next_resumes_it(stopped_runs: Sto
     assert len(names_in(output_dir)) == 4
 
 
+@unix_only
+@pytest.mark.parametrize("is_before", [True, False], ids=["imports", "JSON"])
+def test_a_signal_before_or_after_the_work_is_no_traceback(tmp_path: Path, is_before: bool) -> None:
+    write_results(tmp_path, [])
+    act = "os.kill(os.getpid(), signal.SIGTERM); signal.pause()"
+    env = sabotage(tmp_path / "s", "count == 1", act, "builtins.print")
+    if is_before:
+        (tmp_path / "s" / "requests.py").write_text(f"import os, signal; {act}")
+    result = run_process(tmp_path, "--json", env=env)
+    assert (result.returncode, result.stdout) == (143, "")
+
+
 PROGRAM = """
 import sys
 from download_succeeded_videos import VideoDownloader
@@ -2275,6 +2289,8 @@ def test_a_big_run_ends_with_its_failures_each_reason_said_once(tmp_path: Path, 
     assert counts in result.stdout
     assert result.stderr.count("\n\n") == 3
     assert result.stderr.endswith("\n\n❌ 27 of 30 with a problem, 3 without\n")
+    nearly_all = figures(total_succeeded=3000, downloaded=2999, failed_downloads=1)
+    assert dsv.statistics_lines(nearly_all)[-1] == "📈 Success rate: 99.9%"
     failures = read_failures(result.stderr)
     assert len(failures) == 20 + 1 + 2  # the one that says how many more
     assert re.search(r"❌ 25 videos: .*\n.*HTTP 403", result.stderr)
