@@ -108,7 +108,7 @@ BACKOFF_BASE_S = 0.5
 RETRY_AFTER_CAP_S = 60.0
 STILL_SERVING_S = 10.0
 STALL_BYTES_PER_SECOND = 1024
-READ_BYTES = 128 * 1024
+READ_BYTES = 512 * 1024
 TLS_RECORD_BYTES = 16 * 1024 + 261  # RFC 8446, 5.2, with its head
 BYTES_PER_MB = 1024 * 1024
 NAME_MAX_BYTES = 255
@@ -447,14 +447,15 @@ _TEXT = re.compile(rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z")  # o
 def inspect(file: BinaryIO, size_bytes: int) -> Content:
     """Look at the first bytes of ``file``, and at the heads of its boxes if it starts like one."""
     file.seek(0)
+    if file.read(8)[4:] in _BOXES:
+        return walk_boxes(file, size_bytes)
+    file.seek(0)
     start = file.read(READ_BYTES)
     blocks = itertools.chain([start], iter(functools.partial(file.read, READ_BYTES), b""))
     if not any(block.strip(b"\0") for block in blocks):
         return Content.ZEROS
     if len(start) < 8:  # no head of a box, or of any other container
         return Content.CUT if start[:3] == b"\0\0\0" else Content.TEXT
-    if start[4:8] in _BOXES:
-        return walk_boxes(file, size_bytes)
     return Content.TEXT if _TEXT.match(start) else Content.OTHER
 
 
@@ -668,8 +669,9 @@ class Shelf:
         for name in (metadata.name, path.name):
             if (other := self.spellings.get(fold(name), name)) != name:
                 return leave(f"{other} differs in case or Unicode form alone")
-        size = file_bytes(path)
-        if size is None and os.path.lexists(path):
+        is_taken = os.path.lexists(path)
+        size = file_bytes(path) if is_taken else None
+        if is_taken and size is None:
             return leave(f"{path.name} is no file")
         if os.path.lexists(metadata):
             owner = owner_key(read_metadata(metadata))
@@ -929,8 +931,7 @@ def check_status(status: int, headers: Mapping[str, str]) -> None:
     if status in (401, 403, 404, 410):
         raise LinkDead("the link was refused", "run again later", f"HTTP {status}")
     if status not in (200, 206):
-        hint = "run the polling step again for another link"
-        raise TaskError(f"the server answered HTTP {status}", hint)
+        raise TaskError(f"the server answered HTTP {status}", "run the polling step again")
 
 
 # --- Asking servers: one TLS context, a pace for all, and an eye on the rate ------------------
@@ -964,7 +965,6 @@ def make_session(workers: int) -> requests.Session:
     """A session for ``workers`` threads, which keeps connections alive."""
     session = requests.Session()
     session.trust_env = False  # no .netrc for the CDN
-    session.headers["Accept-Encoding"] = "identity"
     adapter = SharedContextAdapter(pool_connections=workers, pool_maxsize=workers)
     session.adapters.update({"http://": adapter, "https://": adapter})
     return session
@@ -1039,9 +1039,10 @@ class Workplace:
             pace = self._paces[host]
             while (delay_s := pace.take_turn(time.monotonic(), random.random())) > 0:
                 self.wait(delay_s)
-            asked, timeout = time.monotonic(), (self.timeout_s, self.timeout_s)
-            how |= {"headers": headers, "proxies": pace.proxies, "timeout": timeout}
-            response = self.session.get(link, stream=True, **how)
+            asked = time.monotonic()
+            request = requests.Request("GET", link, headers).prepare()
+            how |= {"proxies": pace.proxies, "timeout": self.timeout_s}
+            response = self.session.send(request, stream=True, **how)
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
         if response.status_code not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
@@ -1062,19 +1063,19 @@ class Workplace:
     def chunks(self, response: requests.Response) -> Iterator[bytes]:
         """The decoded body in blocks; raises `TransientError` when it all but stops.
 
-        Half of what has come already (not all: of TLS, some is no body, and the last record may be
-        cut) is read, and used, by one thread at a time: 32 that hand each other the interpreter
-        after every 16 kB take a fifth longer. Where a read may have to wait, it takes whatever
-        comes first, so that the rate can be seen. urllib3 before 2.2 cannot: there it is short.
+        What has come already is read, and used, by one thread at a time: 32 that hand each other
+        the interpreter after every 16 kB take a fifth longer. Where a read may have to wait, it
+        takes whatever comes first, so that the rate can be seen; urllib3 before 2.2 cannot: there
+        it is short.
         """
         raw, since, before = response.raw, time.monotonic(), 0
         is_encoded = "Content-Encoding" in response.headers
-        read, most = (raw.read1, READ_BYTES) if hasattr(raw, "read1") else (raw.read, 256)
+        read, most = (raw.read1, 65536) if hasattr(raw, "read1") else (raw.read, 256)
         try:
             while True:
                 self.wait(0)
                 with self.turn:
-                    if not is_encoded and (size := bytes_there(raw) // 2) > TLS_RECORD_BYTES:
+                    if not is_encoded and (size := bytes_there(raw)) > TLS_RECORD_BYTES:
                         yield raw.read(min(size, READ_BYTES), decode_content=False)
                         continue
                 if not (data := read(most, decode_content=is_encoded)):
@@ -1089,10 +1090,14 @@ class Workplace:
 
 
 def bytes_there(raw: Any) -> int:
-    """How many bytes of a body of known length have come; 0 where that cannot be told."""
+    """How many bytes of a body of known length have surely come; 0 where that cannot be told.
+
+    Of TLS, some bytes are no body, and the last record may be cut.
+    """
     if raw.length_remaining and sys.platform != "win32":
         with contextlib.suppress(OSError, ValueError):
-            return int.from_bytes(fcntl.ioctl(raw, termios.FIONREAD, bytes(4)), sys.byteorder)
+            come = fcntl.ioctl(raw, termios.FIONREAD, bytes(4))
+            return int.from_bytes(come, sys.byteorder) * 7 // 8 - TLS_RECORD_BYTES
     return 0
 
 
@@ -1322,9 +1327,9 @@ class Download:
 
     def _transfer(self) -> Outcome | None:
         """Ask and receive, unless the answer shows that the file there is this task's own."""
-        part, headers = self.part, {}
+        part, headers = self.part, {"Accept-Encoding": "identity"}
         if part.source and part.size_bytes:
-            headers = {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
+            headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
         with self._place.get(self._link, headers) as response:
             self.waiting = ""
             status, (start, total, source) = response.status_code, read_head(response)
@@ -2166,9 +2171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DownloaderError as fatal:
         exit_code, error = 1, str(fatal)
     except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        exit_code = 128 + number
-        error = f"stopped by {signal.Signals(number).name}, run again to go on"
+        number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
+        exit_code, error = 128 + number, f"stopped by {number.name}, run again to go on"
     console.complain(*(["", f"❌ {error}"] if error else []))
     if options.json:
         videos = [outcome.as_json() for outcome in outcomes]
