@@ -1110,7 +1110,9 @@ def explain(error: BaseException | None, timeout_s: float) -> TaskError:
     if isinstance(error, requests.exceptions.SSLError) and is_refused:
         return TaskError("the server's certificate is not trusted", "set REQUESTS_CA_BUNDLE")
     if isinstance(error, (requests.TooManyRedirects, ValueError)):
-        return TaskError("no usable address", "see the link, HTTPS_PROXY, RUNWAYML_BASE_URL")
+        return TaskError(
+            "no usable address, or a redirect loop", "see the link, proxy and base URL"
+        )
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
         return TransientError(f"stalled: nothing came within {timeout_s:g} s")
     while error:
@@ -1543,17 +1545,17 @@ def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
 
 def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """What is wrong, grouped by reason: the reason and the advice once, then the names."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for outcome in outcomes:
         if fault := outcome.fault:
-            names = groups.setdefault((f"❌ %s: {fault.reason}", fault.hint), [])
+            names = groups.setdefault(("❌", f": {fault.reason}", fault.hint), [])
             names.append(f"{outcome.label}: {fault.detail}" if fault.detail else outcome.label)
         if outcome.warning:
-            heading = f"⚠️ %s kept, though {outcome.warning}"
-            groups.setdefault((heading, "look at it"), []).append(outcome.label)
+            said = f" kept, though {outcome.warning}"
+            groups.setdefault(("⚠️", said, "look at it"), []).append(outcome.label)
     lines = []
-    for (heading, hint), names in groups.items():
-        lines += ["", heading.replace("%s", counted(len(names)), 1)]
+    for (mark, said, hint), names in groups.items():
+        lines += ["", f"{mark} {counted(len(names))}{said}"]
         lines += [*(f"    {name}" for name in shortened(names, NAMES_SHOWN)), f"  → {hint}"]
     bad, total = sum(outcome.fault is not None for outcome in outcomes), len(outcomes)
     verdict = f"❌ {bad:,} of {total:,} with a problem, {total - bad:,} without"
