@@ -1110,9 +1110,7 @@ def explain(error: BaseException | None, timeout_s: float) -> TaskError:
     if isinstance(error, requests.exceptions.SSLError) and is_refused:
         return TaskError("the server's certificate is not trusted", "set REQUESTS_CA_BUNDLE")
     if isinstance(error, (requests.TooManyRedirects, ValueError)):
-        return TaskError(
-            "no usable address, or a redirect loop", "see the link, proxy and base URL"
-        )
+        return TaskError("no usable address, or a redirect loop", "see link, proxy and base URL")
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
         return TransientError(f"stalled: nothing came within {timeout_s:g} s")
     while error:
