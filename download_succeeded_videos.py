@@ -206,11 +206,6 @@ def printable(text: object) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-def shown_link(link: str) -> str:
-    bare = printable(link)
-    return bare if len(bare) <= LINK_SHOWN_CHARS else bare[:LINK_SHOWN_CHARS] + "..."
-
-
 def shown_id(task_id: str) -> str:
     return f"{printable(task_id[:8])}..." if task_id else "unknown"
 
@@ -296,11 +291,10 @@ def link_expiry(link: str) -> float:
 
     Infinity when the link does not say, or talks nonsense.
     """
-    token = re.search(r"[?&]_jwt=[^.&#]*\.([^.&#]+)", link)
+    tokens = re.findall(r"[?&]_jwt=[^.&#]*\.([^.&#]+)", link)
     try:
-        payload = token[1] + "=" * (-len(token[1]) % 4) if token else ""
-        expiry = float(json.loads(base64.urlsafe_b64decode(payload))["exp"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        expiry = float(json.loads(base64.urlsafe_b64decode(tokens[0] + "=="))["exp"])
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return math.inf
     return expiry if 0 < expiry < 253402300800 else math.inf  # the year 10000
 
@@ -339,11 +333,11 @@ def read_rows(results: Object) -> tuple[list[Task], list[str], list[str]]:
     for number, row in enumerate(rows if isinstance(rows, list) else (), 1):
         status = as_object(row).get("final_status")
         if not isinstance(row, dict) or not isinstance(status, str | None):
-            wrong.append(f"  ⚠️ Row {number}: no object with a text as final_status: passed over")
+            wrong.append(f"row {number}: no object with a text as final_status: passed over")
         elif status == "SUCCEEDED":
             tasks.append(task_from_row(row))
             odd = [key for key in TEXT_FIELDS if not isinstance(row.get(key), str | None)]
-            wrong += [f'  ⚠️ Row {number}: "{key}" is not text: not used' for key in odd]
+            wrong += [f'row {number}: "{key}" is not text: not used' for key in odd]
         else:
             others[printable(status[:20]) if status else "still running"] += 1
     counts = ", ".join(f"{count:,} {status}" for status, count in others.items())
@@ -396,8 +390,7 @@ def safe_stub(stub: str) -> str:
     name = _UNSAFE.sub("_", stub)
     if not name.strip():
         return ""
-    bare = name.lstrip(".")
-    name = "_" * (len(name) - len(bare)) + bare
+    name = re.sub(r"\A\.+", lambda dots: "_" * len(dots[0]), name)
     return fit(f"_{name}" if _RESERVED.match(name) or name.startswith(RESULTS_PREFIX) else name)
 
 
@@ -415,8 +408,6 @@ def stubs_with_id(task: Task) -> Iterator[str]:
 
 def fold(name: str) -> str:
     """The same for two names that some file system takes for one: case and Unicode form."""
-    if name.isascii():
-        return name.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -662,6 +653,13 @@ class Shelf:
                     homes[key] = name.removesuffix(".json")
         return cls(directory, names, homes, {fold(name): name for name in names})
 
+    def described(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Each video that has metadata, be it there or not, and that metadata."""
+        for name in self.names:
+            metadata = read_metadata(self.directory / name) if name.endswith(".json") else {}
+            if as_object(metadata.get("runway_task_json")):
+                yield self.directory / f"{name.removesuffix('.json')}.mp4", metadata
+
     def look(self, task: Task, stub: str) -> Plan:
         """What can be done for ``task`` under the name ``stub`` as things are now."""
         path, metadata = self.directory / f"{stub}.mp4", self.directory / f"{stub}.json"
@@ -718,9 +716,10 @@ def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str], in_hand: boo
         is_promised = claimed.get(fold(stub), task.key) != task.key
         if plan.action is Action.DOWNLOAD and is_promised:
             plan = replace(plan, action=Action.LEAVE, holder=f"{stub}.mp4 is another task's")
-        elif plan.action is Action.ASK and (has_id or in_hand or not task.key):
-            is_own = has_id and task.key and not in_hand
-            plan = replace(plan, action=Action.ADOPT if is_own else Action.LEAVE)
+        elif plan.action is Action.ASK and (in_hand or not task.key):
+            plan = replace(plan, action=Action.LEAVE)
+        elif plan.action is Action.ASK and has_id:
+            plan = replace(plan, action=Action.ADOPT)
         if plan.action in (Action.KEEP, Action.REFILL, Action.ADOPT):
             return plan
         if plan.action is Action.LEAVE:
@@ -766,13 +765,14 @@ class PartFile:
         self.file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - `release` closes it
         self.size_bytes = os.fstat(descriptor).st_size
         self.source: Source | None = None
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
             total, validator = json.loads(self._beside.read_bytes())
-            self.source = int(total), str(validator)
+            self.source = int(total) or -1, str(validator)
         if not 0 < self.share <= 1:
             self.restart()
 
     @classmethod
+    @disk_errors("write to the output directory")
     def claim(cls, path: Path) -> PartFile:
         """Open and lock the part file ``path``; raises `InOtherHands` when somebody has it.
 
@@ -811,11 +811,10 @@ class PartFile:
         with disk_errors("write the part file"):
             if self.size_bytes:
                 self.file.truncate(0)
+            remove(self._beside)
             if source:
-                with open(self._beside, "wb", buffering=0) as beside:
+                with open(self._beside, "xb", buffering=0) as beside:
                     beside.write(json.dumps(source).encode())
-            elif self.source:
-                remove(self._beside)
         self.source, self.size_bytes = source, 0
 
     def write(self, data: bytes) -> None:
@@ -868,7 +867,7 @@ def try_lock(descriptor: int) -> bool | None:
 
 def is_same_file(descriptor: int, path: Path) -> bool:
     with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     return False
 
 
@@ -884,7 +883,8 @@ def sweep(directory: Path, names: Iterable[str], tasks: Iterable[Task]) -> None:
     own = tuple(hidden_path(directory, task.key).stem for task in tasks) if hidden else ()
     for stem in {name.rpartition(".")[0] for name in hidden if name.startswith(own)}:
         with contextlib.suppress(OSError, DownloaderError):
-            PartFile.claim(directory / f"{stem}.part").release(keep=False)
+            for each in (stem[:21], stem):  # the task's lock guards its .tmp
+                PartFile.claim(directory / f"{each}.part").release(keep=False)
 
 
 # --- What an answer's head says (RFC 9110) ----------------------------------------------------
@@ -1051,10 +1051,13 @@ class Workplace:
         response.close()
         wait_s = retry_after_s(response.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
-        active = (each for each in self.downloads if not each.part.file.closed)
-        is_sending = any(each.received and not each.waiting for each in active)
+        is_sending = any(each.received and not each.waiting for each in self.active)
         serves = pace.overloaded(time.monotonic(), asked, hold_s, is_sending)
         raise TransientError(f"the server answered HTTP {response.status_code}", wait_s, not serves)
+
+    @property
+    def active(self) -> list[Download]:
+        return [each for each in self.downloads if not each.part.file.closed]
 
     def wait(self, seconds: float) -> None:
         if self.stop.is_set() or (seconds and self.stop.wait(seconds)):
@@ -1135,23 +1138,17 @@ def fetch_fresh_link(task_id: str, place: Workplace) -> str:
     """
     base_url = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
     headers = {"Authorization": f"Bearer {api_secret()}", "X-Runway-Version": "2024-11-06"}
-    try:
-        link = f"{base_url}/v1/tasks/{quote(task_id, '', errors='replace')}"
-        with place.get(link, headers, allow_redirects=False) as response:
-            status, body = response.status_code, b""
-            if status != 200 and status not in RETRIED_STATUSES:
-                raise TaskError(f"HTTP {status}", "see the task, and RUNWAYML_API_SECRET")
-            check_status(status, response.headers)
-            for piece in place.chunks(response):
-                body += piece
-                if len(body) >= BYTES_PER_MB:
-                    break
-            return read_api_answer(body)
-    except TransientError as error:
-        error.reason = f"Runway API: {error.reason}"
-        raise
-    except TaskError as error:
-        raise LinkDead(f"Runway API: {error.reason}", error.hint) from None
+    link = f"{base_url}/v1/tasks/{quote(task_id, '', errors='replace')}"
+    with place.get(link, headers, allow_redirects=False) as response:
+        status, body = response.status_code, b""
+        if status != 200 and status not in RETRIED_STATUSES:
+            raise TaskError(f"HTTP {status}", "see the task, and RUNWAYML_API_SECRET")
+        check_status(status, response.headers)
+        for piece in place.chunks(response):
+            body += piece
+            if len(body) >= BYTES_PER_MB:
+                break
+        return read_api_answer(body)
 
 
 def read_api_answer(body: bytes) -> str:
@@ -1242,6 +1239,7 @@ class Download:
         self.received, self.waiting = 0, ""
         self._plan, self._task, self._place = plan, plan.task, place
         self._link, self._is_fresh = plan.task.link, False
+        self._hidden = hidden_path(plan.path.parent, plan.task.key)
         self._dead = LinkDead(NO_LINK, "")
         self._tries, self._failures, self._most_bytes = 1, 0, 0
         self._notes = Counter[str]()
@@ -1251,7 +1249,7 @@ class Download:
         """Do what is to be done; raises `JobError`, `InOtherHands` and `Cancelled`."""
         keep = True
         try:
-            self._claim()
+            self.part = PartFile.claim(self._hidden)
             self._place.downloads.append(self)
             try:
                 outcome, keep = self._act(), False
@@ -1262,10 +1260,6 @@ class Download:
             tries = f"tried {self._tries} times" if self._tries > 1 else ""
             fault.detail = ", ".join(filter(None, (fault.detail, tries)))
             return self._outcome(Status.FAILED, None, fault)
-
-    def _claim(self) -> None:
-        with disk_errors("write to the output directory"):
-            self.part = PartFile.claim(hidden_path(self._plan.path.parent, self._task.key))
 
     def _act(self) -> Outcome:
         while True:
@@ -1285,7 +1279,7 @@ class Download:
                 if not self.part.is_intact:
                     self.part.restart()  # what has its name now is not to be taken for it
                     self.part.release()
-                    self._claim()
+                    self.part = PartFile.claim(self._hidden)
 
     def _attempt(self) -> Outcome:
         """A look at the directory, a request if need be for what is missing, and publishing."""
@@ -1322,13 +1316,18 @@ class Download:
             raise LinkDead(self._dead.reason, hint, detail)
         try:
             return fetch_fresh_link(self._task.task_id, self._place)
-        except LinkDead as error:
-            raise LinkDead(f"{self._dead.reason}; {error.reason}", error.hint, detail) from None
+        except TransientError as error:
+            error.reason = f"Runway API: {error.reason}"
+            raise
+        except TaskError as error:
+            reason = f"{self._dead.reason}; Runway API: {error.reason}"
+            raise LinkDead(reason, error.hint, detail) from None
 
     def _transfer(self) -> Outcome | None:
         """Ask and receive, unless the answer shows that the file there is this task's own."""
         part, headers = self.part, {"Accept-Encoding": "identity"}
-        if part.source and part.size_bytes:
+        is_last = self._failures >= max(2, self._place.retries)  # ranges may be what fails
+        if part.source and part.size_bytes and not is_last:
             headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
         with self._place.get(self._link, headers) as response:
             self.waiting = ""
@@ -1399,7 +1398,7 @@ class Download:
             if self._plan.action is Action.KEEP:
                 return self._outcome(Status.EXISTS, self._plan.size_bytes)
             if not self.part.is_intact:
-                raise TransientError(CHANGED_MEANWHILE)
+                break
             with contextlib.suppress(FileExistsError), disk_errors("put the video in place"):
                 self._put_in_place(info)
                 return self._outcome(Status.DOWNLOADED, info["size_bytes"])
@@ -1502,11 +1501,12 @@ def run_command(place: Workplace, paths: Mapping[str, Path]) -> None:
 def outcome_lines(outcome: Outcome, number: str) -> list[str]:
     """The block of lines about one task; ``number`` is ``k/N``."""
     name, size = printable(outcome.path.name), megabytes(outcome.size_bytes or 0)
-    fault, link = outcome.fault, outcome.task.link
+    fault, link = outcome.fault, printable(outcome.task.link)
+    link = link if len(link) <= LINK_SHOWN_CHARS else f"{link[:LINK_SHOWN_CHARS]}..."
     lines = ["", f"  {number} Task {shown_id(outcome.task.task_id)}"]
     if outcome.status is Status.DOWNLOADED:
         lines += [f"  🎬 Downloading: {name}"]
-        lines += [f"  📥 Streaming download from: {shown_link(link)}"] if link else []
+        lines += [f"  📥 Streaming download from: {link}"] if link else []
         lines += [f"  📊 File size: {size}", f"  ✅ Downloaded: {size}"]
         lines += [f"  📄 Metadata saved: {name.removesuffix('.mp4')}.json"]
         lines += [f"  ⚠️ Kept, though {outcome.warning}: look at it"] if outcome.warning else []
@@ -1572,7 +1572,7 @@ def progress_parts(total: int, done: int, downloads: Sequence[Download], for_s: 
     share = len(downloads) - sum(1 - each.part.share for each in active)
     if received and share > 0:
         to_do = max(0.0, total - done + len(downloads) - len(active) - share)
-        left = timedelta(seconds=round(for_s * to_do / share))
+        left = timedelta(seconds=round(min(for_s * to_do / share, 359_999)))
         parts += [f"{received / for_s:.1f} MB/s", f"{left} left"]
     return parts
 
@@ -1788,27 +1788,26 @@ class VideoDownloader:
 
     def run(self, tasks: Sequence[Task]) -> int:
         """Bring ``tasks`` to disk; how many are there. Raises `JobError`, KeyboardInterrupt."""
-        with self._turn:
-            self.stats["total_succeeded"] += len(tasks)
-            self._total, self._before = len(tasks), len(self.outcomes)
-            shelf, claimed = Shelf.scan(self._directory), dict[str, str]()
-            jobs, existing = list[Plan](), 0
-            for plan in plan_all(tasks, shelf, claimed):
-                is_due = self.command and is_waiting(plan.path.with_suffix(".json"))
-                if plan.action is not Action.KEEP or is_due:
-                    jobs.append(plan)
-                else:
-                    existing += 1
-                    outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
-                    self._record(outcome, is_shown=existing <= EXISTING_SHOWN)
-            if (more := existing - EXISTING_SHOWN) > 0:
-                self._console.say("", f"  ⚠️ … and {more:,} more that already exist")
-            if jobs:
-                self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), shelf, claimed)
-            failed = count_outcomes(self.outcomes[self._before :])["failed_downloads"]
-            if not failed:
-                sweep(self._directory, shelf.names, tasks)
-            return len(tasks) - failed
+        self.stats["total_succeeded"] += len(tasks)
+        self._total, self._before = len(tasks), len(self.outcomes)
+        shelf, claimed = Shelf.scan(self._directory), dict[str, str]()
+        jobs, existing = list[Plan](), 0
+        for plan in plan_all(tasks, shelf, claimed):
+            is_due = self.command and is_waiting(plan.path.with_suffix(".json"))
+            if plan.action is not Action.KEEP or is_due:
+                jobs.append(plan)
+            else:
+                existing += 1
+                outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
+                self._record(outcome, is_shown=existing <= EXISTING_SHOWN)
+        if (more := existing - EXISTING_SHOWN) > 0:
+            self._console.say("", f"  ⚠️ … and {more:,} more that already exist")
+        if jobs:
+            self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), shelf, claimed)
+        failed = count_outcomes(self.outcomes[self._before :])["failed_downloads"]
+        if not failed:
+            sweep(self._directory, shelf.names, tasks)
+        return len(tasks) - failed
 
     def _work(self, jobs: Sequence[Plan], shelf: Shelf, claimed: dict[str, str]) -> None:
         """Carry ``jobs`` out in worker threads; report each in this one."""
@@ -1817,8 +1816,8 @@ class VideoDownloader:
         try:
             self._lead(Crew(place, jobs, self.workers), place)
         except JobError:  # make room, of what workers still hold as well
-            for part in [each.part for each in place.downloads if not each.part.file.closed]:
-                remove_part(part.path)
+            for each in place.active:
+                remove_part(each.part.path)
             sweep(self._directory, os.listdir(self._directory), [job.task for job in jobs])
             raise
 
@@ -1834,7 +1833,7 @@ class VideoDownloader:
                     continue
                 done, for_s = len(self.outcomes) - self._before, time.monotonic() - started
                 parts = progress_parts(self._total, done, place.downloads, for_s)
-                if crew.left == len(crew.held):
+                if crew.left == len(crew.held) and not place.active:
                     waiting = f"⏳ Waiting for {counted(crew.left)} that another run has in hand"
                     self._console.say(*([] if told else ["", waiting]))
                     parts, told = [parts[0], waiting], True
@@ -1844,7 +1843,8 @@ class VideoDownloader:
             crew.todo.put(None)
             for result in crew.results(time.monotonic() + STOP_GRACE_S):
                 if isinstance(result, Outcome):
-                    self._record(result)
+                    with contextlib.suppress(Exception):  # of a callback that raises each time
+                        self._record(result)
             self._console.show_progress([])
             with contextlib.suppress(OSError):  # have the names reach the disk as well
                 descriptor = os.open(self._directory, os.O_RDONLY)
@@ -1874,7 +1874,8 @@ def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], lis
             continue
         found += tasks
         console.say(f"  ✅ Found {len(tasks)} SUCCEEDED tasks", *others)
-        console.complain(*shortened(wrong, NAMES_SHOWN))
+        lines = [f"  ⚠️ {printable(path.name)}, {each}" for each in wrong]
+        console.complain(*shortened(lines, NAMES_SHOWN))
     return merge_tasks(found), errors
 
 
@@ -1909,15 +1910,11 @@ def verify(directory: Path, console: Console) -> list[Outcome]:
     """Check every video that has metadata, and name those that have none; no request."""
     if not os.path.lexists(directory):
         raise JobError(f"the output directory {printable(directory.absolute())} is not there")
-    names = Shelf.scan(directory).names
-    bare = {name for name in names if name.endswith(".mp4") and name[0] != "."}
-    outcomes = list[Outcome]()
-    for name in names:
-        path = directory / f"{name.removesuffix('.json')}.mp4"
-        metadata = read_metadata(directory / name) if name.endswith(".json") else {}
-        if as_object(metadata.get("runway_task_json")):
-            bare.discard(path.name)
-            outcomes.append(check_video(path, metadata))
+    shelf, outcomes = Shelf.scan(directory), list[Outcome]()
+    bare = {name for name in shelf.names if name.endswith(".mp4") and name[0] != "."}
+    for path, metadata in shelf.described():
+        bare.discard(path.name)
+        outcomes.append(check_video(path, metadata))
     if bare:
         console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(bare))}")
         console.say(*(f"    {printable(name)}" for name in shortened(sorted(bare), NAMES_SHOWN)))
@@ -1931,20 +1928,19 @@ def check_video(path: Path, metadata: Object) -> Outcome:
     """Hold the video ``path`` against its ``metadata``."""
     task = task_from_row(as_object(metadata.get("runway_task_json")))
     info, size = as_object(metadata.get("file_info")), file_bytes(path)
-    reason, detail, hint = "", "", "if you edited it, leave it; else delete it and run again"
+    fault, hint = None, "if you edited it, leave it; else delete it and run again"
     try:
         if size is None:
             raise TaskError("the video is missing", "run again without --verify")
         with disk_errors("read it"), open(path, "rb") as file:
             if size != info.get("size_bytes", size):
-                reason = "another size than when it was downloaded"
-                detail = f"{size:,} bytes, not {info['size_bytes']}"
-            elif size and "sha256" in info:
-                is_same = hash_file(file) == info["sha256"]
-                reason = "" if is_same else "another SHA-256 than when it was downloaded"
-            elif (content := inspect(file, size)) is not Content.WHOLE:
-                reason = f"it is {content.value}"
-        fault = TaskError(reason, hint, printable(detail)) if reason else None
+                detail = printable(f"{size:,} bytes, not {info['size_bytes']}")
+                raise TaskError("another size than when it was downloaded", hint, detail)
+            if not size or "sha256" not in info:
+                if (content := inspect(file, size)) is not Content.WHOLE:
+                    raise TaskError(f"it is {content.value}", hint)
+            elif hash_file(file) != info["sha256"]:
+                raise TaskError("another SHA-256 than when it was downloaded", hint)
     except TaskError as error:
         fault = error
     return Outcome(task, Status.FAILED if fault else Status.EXISTS, path, size, fault)
@@ -1991,7 +1987,8 @@ dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; font-size:
 def gallery_card(video: Path, metadata: Object) -> str:
     """The HTML of one video, whatever its ``metadata`` holds; never its link."""
     row = {**metadata, **as_object(metadata.get("runway_task_json"))}
-    texts = {key: html.escape(str(row[key])) for key in row if isinstance(row[key], str | int)}
+    lines = {key: str(row[key]).splitlines() for key in row if isinstance(row[key], str | int)}
+    texts = {key: html.escape("\n".join(map(printable, lines[key]))) for key in lines}
     prompt, date = (texts.get(key, "") for key in ("prompt", "download_timestamp"))
     texts |= {"size": megabytes(file_bytes(video) or 0), "date": date[:16].replace("T", " ")}
     labels = {"theme": "Theme", "seed": "Seed", "size": "Size", "date": "Date", "task_id": "Task"}
@@ -2012,8 +2009,7 @@ def write_gallery(directory: Path, console: Console) -> None:
     Leaves a page alone that is not this script's, and says so; raises `DownloaderError`.
     """
     page, mark = directory / GALLERY_NAME, b'content="download_succeeded_videos"'
-    pairs = [(directory / f"{stub}.mp4", read_metadata(directory / f"{stub}.json"))
-             for stub in Shelf.scan(directory).homes.values()]  # fmt: skip
+    pairs = list(Shelf.scan(directory).described())
     pairs.sort(key=lambda pair: text_of(pair[1], "download_timestamp"), reverse=True)
     cards = [gallery_card(*pair) for pair in pairs if file_bytes(pair[0])]
     text = GALLERY_PAGE.substitute(cards="".join(cards), n=len(cards), js=GALLERY_JS)
@@ -2168,8 +2164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         error = do(options, console, outcomes, stats)
         exit_code = 3 if error or any(outcome.fault for outcome in outcomes) else 0
-    except DownloaderError as fatal:
-        exit_code, error = 1, str(fatal)
+    except (DownloaderError, OSError) as fatal:  # OSError: the current directory is gone
+        exit_code, error = 1, printable(fatal)
     except KeyboardInterrupt as interrupt:
         number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
         exit_code, error = 128 + number, f"stopped by {number.name}, run again to go on"

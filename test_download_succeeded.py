@@ -474,7 +474,7 @@ def test_odd_rows_are_named_unfinished_ones_counted_others_served(tmp_path: Path
     assert report["videos"].keys() == served | {"", make_task_id(8), make_task_id(9)}
     lines = report["console"].splitlines()
     for number, (_, _, said) in enumerate(ODD_ROWS, 1):
-        assert [line for line in lines if f"Row {number}:" in line and said in line]
+        assert [line for line in lines if f".json, row {number}:" in line and said in line]
     (line,) = [line for line in lines if "FAILED" in line]
     for count in ("2 FAILED", "1 CANCELLED", "3 still running", "1 THROTTLED?[31m"):
         assert count in line
