@@ -842,6 +842,8 @@ def open_part(path: Path) -> tuple[int, bool]:
 
     It may not where it is another user's, or published: then it has another name as well.
     """
+    if path.is_symlink():  # whatever it leads to is not ours to write
+        return -1, False
     for flags in (_PART_FLAGS, os.O_RDONLY):
         with contextlib.suppress(PermissionError, FileNotFoundError, IsADirectoryError):
             descriptor = os.open(path, flags, 0o666)

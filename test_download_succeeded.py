@@ -1180,8 +1180,10 @@ def test_a_callback_that_raises_leaves_no_thread_behind(tmp_path: Path) -> None:
     responses.add(responses.GET, re.compile("https://cdn.invalid/"), body=WHOLE)
     before, refuse = set(threading.enumerate()), mock.Mock(side_effect=KeyError("mine"))
     file = write_results(tmp_path, map(make_row, range(20)))
+    downloader = make_downloader(tmp_path, on_outcome=refuse)
     with pytest.raises(KeyError, match="mine"):
-        make_downloader(tmp_path, on_outcome=refuse).process_polling_results_file(file)
+        downloader.process_polling_results_file(file)
+    assert downloader.stats["downloaded"] == len([*tmp_path.glob("*.mp4")])
     wait_until(lambda: before.issuperset(threading.enumerate()))
     assert make_downloader(tmp_path).process_polling_results_file(file) == 20
 
@@ -1361,6 +1363,12 @@ def test_retry_after_is_honoured(reply_run: TableRun) -> None:
     assert second.at - first.at >= 1
 
 
+def test_an_absurd_length_is_a_cut_connection(cdn: Cdn, tmp_path: Path) -> None:
+    slow = headed("Content-Length", str(10**19), send=HALF, bytes_per_second=2 * HALF)
+    write_results(tmp_path, [make_row(video_url=cdn.add("0.mp4", OBJECT, slow))])
+    assert run_script(tmp_path, "--retries", "0").returncode == 3
+
+
 # What arrives whole. Each row: the body, whether it is kept, and what is said, as a pattern.
 
 
@@ -1446,6 +1454,9 @@ def sent_from(first: int) -> Reply:
     return Reply(status=206, body=OBJECT[first:], headers=headers)
 
 
+LONGER = Reply(body=OTHER + WHOLE, headers={"ETag": make_etag(OBJECT)})
+NO_TOTAL = headed("Content-Range", f"bytes {HALF}-{END}/*")
+MORE = replace(sent_from(HALF), body=OBJECT)
 ONCE, TWICE = [None, HALF], [None, HALF, None]
 RESUME_TABLE: dict[str, tuple[Sequence[Reply], Sequence[int | None], bytes]] = {
     "the-same-object": ([CUT, Reply()], ONCE, OBJECT),
@@ -1453,31 +1464,15 @@ RESUME_TABLE: dict[str, tuple[Sequence[Reply], Sequence[int | None], bytes]] = {
     "chunked": ([CUT, Reply(framing="chunked")], ONCE, OBJECT),
     "another-object": ([CUT, Reply(body=OTHER)], ONCE, OTHER),
     "another-object-if-range-ignored": ([CUT, Reply(body=OTHER, if_range=False)], TWICE, OTHER),
-    "another-object-of-the-same-etag": (
-        [CUT, Reply(body=OTHER + WHOLE, headers={"ETag": make_etag(OBJECT)})],
-        TWICE,
-        OTHER + WHOLE,
-    ),
+    "another-object-of-the-same-etag": ([CUT, LONGER], TWICE, OTHER + WHOLE),
     "another-shorter-object": ([CUT, Reply(body=WHOLE, if_range=False)], TWICE, WHOLE),  # 416
     "range-ignored": ([CUT, Reply(ranges=False)], ONCE, OBJECT),
     "206-too-late": ([CUT, sent_from(HALF + 1), Reply()], TWICE, OBJECT),
     "206-of-everything": ([CUT, sent_from(0), Reply()], TWICE, OBJECT),
-    "206-without-total": (
-        [CUT, headed("Content-Range", f"bytes {HALF}-{END}/*"), Reply()],
-        TWICE,
-        OBJECT,
-    ),
+    "206-without-total": ([CUT, NO_TOTAL, Reply()], TWICE, OBJECT),
     "206-without-range": ([CUT, headed("Content-Range", None), Reply()], TWICE, OBJECT),
-    "206-of-more-than-it-says": (
-        [CUT, replace(sent_from(HALF), body=OBJECT), Reply()],
-        TWICE,
-        OBJECT,
-    ),
-    "206-of-more-in-chunks": (
-        [CUT, replace(sent_from(HALF), body=OBJECT, framing="chunked"), Reply()],
-        TWICE,
-        OBJECT,
-    ),
+    "206-of-more-than-it-says": ([CUT, MORE, Reply()], TWICE, OBJECT),
+    "206-of-more-in-chunks": ([CUT, replace(MORE, framing="chunked"), Reply()], TWICE, OBJECT),
     "206-gzipped": ([CUT, headed("Content-Encoding", "gzip"), Reply()], TWICE, OBJECT),
     "last-modified": ([replace(DATED, send=HALF), DATED], ONCE, OBJECT),
     "weak-etag": ([replace(WEAK, send=HALF), replace(WEAK, body=OTHER)], [None, None], OTHER),
@@ -1513,6 +1508,12 @@ def test_a_cut_video_is_resumed_and_never_stitched(resume_run: TableRun, name: s
     assert [request.range_start for request in asked] == starts
     assert [bool(request.headers.get("If-Range")) for request in asked] == [*map(bool, starts)]
     assert {request.headers["Accept-Encoding"] for request in asked} == {"identity"}
+
+
+def test_the_last_try_asks_for_all_since_ranges_may_be_what_fails(cdn: Cdn, tmp_path: Path) -> None:
+    write_results(tmp_path, [make_row(video_url=cdn.add("0.mp4", OBJECT, CUT, refusal(500), GOOD))])
+    assert run_script(tmp_path, "--retries", "2").returncode == 0
+    assert [request.range_start for request in cdn.asked("0.mp4")] == TWICE
 
 
 def test_a_part_that_cannot_be_resumed_is_removed_at_once(cdn: Cdn, tmp_path: Path) -> None:
@@ -1873,6 +1874,7 @@ MEDDLING: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
     "hidden-removed": (lambda hidden, *_: hidden.unlink(), "wanted"),
     "hidden-cut": (lambda hidden, *_: os.truncate(hidden, 1000), "wanted"),
     "hidden-grown": (lambda hidden, *_: os.truncate(hidden, BIG), "wanted"),
+    "hidden-a-link": (lambda h, *_: (h.unlink(), h.symlink_to("elsewhere")), "wanted"),
     "hidden-replaced": (lambda h, *_: (h.unlink(), h.write_bytes(FOREIGN)), "wanted"),
     "same-video-and-metadata": (
         lambda _, v, m: (m.write_bytes(own_metadata(v)), v.write_bytes(FOREIGN)), "there"),
@@ -2735,7 +2737,8 @@ def make_gallery(directory: Path, cdn: Cdn, texts: Sequence[str]) -> Page:
     fields = ("prompt", "seed", "theme", "target_filename_stub")
     rows = zip(serve(cdn, len(texts)), texts, strict=True)
     directory.mkdir()
-    write_results(directory, [row | dict.fromkeys(fields, text) for row, text in rows])
+    described = [(row | dict.fromkeys(fields, text), text) for row, text in rows]
+    write_results(directory, [row | {"prompt": text + row["video_url"]} for row, text in described])
     result = run_script(directory, "--gallery", "--workers", "1")
     assert (result.returncode, result.stderr) == (0, "")
     return Page(directory / "video_outputs" / "index.html")
@@ -2771,7 +2774,10 @@ def test_gallery_is_remade_but_another_page_left_alone(tmp_path: Path, cdn: Cdn)
     for more in ([], ["--gallery"]):
         assert run_script(tmp_path / "a", *more).returncode == 0
     page = tmp_path / "a" / "video_outputs" / "index.html"
-    assert [tag for tag, _ in Page(page).elements].count("video") == 2
+    for suffix in (".mp4", ".json"):
+        shutil.copy(page.with_name(f"picture_0{suffix}"), page.with_name(f"copy{suffix}"))
+    assert run_script(tmp_path / "a", "--gallery").returncode == 0
+    assert [tag for tag, _ in Page(page).elements].count("video") == 3
     page.write_text("<title>mine</title>", encoding="utf-8")
     result = run_script(tmp_path / "a", "--gallery")
     assert page.read_text(encoding="utf-8") == "<title>mine</title>"
