@@ -726,6 +726,7 @@ def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str], in_hand: boo
             holder = holder or plan.holder
         elif best is None:
             best = replace(plan, holder=holder)
+        # its video may stand under a name with its id, so that is looked at before `best` is taken
         if best and has_id and plan.action is Action.DOWNLOAD and plan.size_bytes == 0:
             return best
     raise AssertionError("the numbers never run out")
@@ -788,7 +789,7 @@ class PartFile:
                 os.close(descriptor)
             if locked is False:
                 raise InOtherHands
-            if not (locked and is_usable):
+            if not (locked and is_usable):  # nobody has it, and it cannot be ours
                 remove_part(path)
         own = path.with_name(f"{path.stem}-{os.getpid()}-{random.getrandbits(32):08x}.part")
         descriptor = os.open(own, _PART_FLAGS | os.O_EXCL, 0o666)
@@ -982,7 +983,7 @@ class Pace:
     def __init__(self, proxies: dict[str, str]) -> None:
         self.proxies = proxies
         self._interval_s = self._held_s = 0.0
-        self._next = self._served = self._slowed = -math.inf
+        self._next = self._served_at = self._slowed_at = -math.inf
 
     def take_turn(self, now: float, jitter: float) -> float:
         """0 when it is this request's turn, else seconds until it is worth asking again."""
@@ -992,20 +993,22 @@ class Pace:
         return 0.0
 
     def served(self, now: float) -> None:
-        self._served, self._held_s = now, 0.0
+        self._served_at, self._held_s = now, 0.0
         self._interval_s = 0.95 * self._interval_s if self._interval_s > 0.01 else 0.0
 
     def overloaded(self, now: float, asked: float, hold_s: float, is_sending: bool) -> bool:
-        """Slow down, once for all requests of a burst; whether others are still served.
+        """Slow down, once for all that ``asked`` before that; whether others are still served.
 
-        They are while it ``is_sending`` a body. Time it told us to wait does not count against it.
+        They are while it ``is_sending`` a body. The time that it told us to hold back since the
+        last good answer does not count against it.
         """
         self._next = max(self._next, now + hold_s)
-        if not is_sending and now - self._served - self._held_s > STILL_SERVING_S:
+        if not is_sending and now - self._served_at - self._held_s > STILL_SERVING_S:
             self._interval_s = 0.0
             return False
-        if asked >= self._slowed:
-            self._slowed, self._interval_s = now, min(1.0, max(0.05, 2 * self._interval_s))
+        if asked >= self._slowed_at:
+            self._interval_s = min(1.0, max(0.05, 2 * self._interval_s))
+            self._slowed_at = now
             self._held_s += hold_s
         return True
 
@@ -1079,7 +1082,7 @@ class Workplace:
         try:
             while True:
                 self.wait(0)
-                with self.turn:
+                with self.turn:  # the reader writes it to disk before another thread reads
                     if not is_encoded and (size := bytes_there(raw)) > TLS_RECORD_BYTES:
                         yield raw.read(min(size, READ_BYTES), decode_content=False)
                         continue
@@ -1097,7 +1100,8 @@ class Workplace:
 def bytes_there(raw: Any) -> int:
     """How many bytes of a body of known length have surely come; 0 where that cannot be told.
 
-    Of TLS, some bytes are no body, and the last record may be cut.
+    Of TLS, some bytes are no body (an eighth at most, if records have 200 or more), and the
+    last record may be cut.
     """
     if raw.length_remaining and sys.platform != "win32":
         with contextlib.suppress(OSError, ValueError):
@@ -1240,6 +1244,7 @@ class Download:
     def __init__(self, plan: Plan, place: Workplace) -> None:
         self.received, self.waiting = 0, ""
         self._plan, self._task, self._place = plan, plan.task, place
+        # the row's link, then "" when that is refused, then Runway's, which is not replaced
         self._link, self._is_fresh = plan.task.link, False
         self._hidden = hidden_path(plan.path.parent, plan.task.key)
         self._dead = LinkDead(NO_LINK, "")
