@@ -312,7 +312,7 @@ class Task:
     key: str = field(repr=False)
     row: Object = field(repr=False)
 
-    @property
+    @functools.cached_property
     def suffix(self) -> str:
         """What tells its names from those of other tasks with its stub."""
         return "_" + (safe_stub(self.task_id[:8]) or digest(self.key)[:8])
@@ -1333,7 +1333,8 @@ class Download:
     def _transfer(self) -> Outcome | None:
         """Ask and receive, unless the answer shows that the file there is this task's own."""
         part, headers = self.part, {"Accept-Encoding": "identity"}
-        is_last = self._failures >= max(2, self._place.retries)  # ranges may be what fails
+        # after tries in vain the last one asks for all, as ranges may be what fails
+        is_last = self._failures >= max(1 + bool(self._most_bytes), self._place.retries)
         if part.source and part.size_bytes and not is_last:
             headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
         with self._place.get(self._link, headers) as response:
