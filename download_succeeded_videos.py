@@ -1139,7 +1139,7 @@ def api_secret() -> str:
 def fetch_fresh_link(task_id: str, place: Workplace) -> str:
     """A new link to the video of ``task_id`` (https://docs.dev.runwayml.com/api/).
 
-    Raises `TransientError` where another try may help, else `LinkDead`. Redirects are not
+    Raises `TransientError` where another try may help, else `TaskError`. Redirects are not
     followed: the key is for this host alone.
     """
     base_url = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
