@@ -1154,7 +1154,7 @@ def fetch_fresh_link(task_id: str, place: Workplace) -> str:
             body += piece
             if len(body) >= BYTES_PER_MB:
                 break
-        return read_api_answer(body)
+        return read_api_answer(body[:BYTES_PER_MB])
 
 
 def read_api_answer(body: bytes) -> str:
