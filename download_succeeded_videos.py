@@ -645,20 +645,21 @@ class Shelf:
             return cls(directory)
         except OSError as error:
             raise directory_error(directory, error) from None
-        homes: dict[str, str] = {}
-        for name in names:
-            if name.endswith(".json") and not name.startswith((".", RESULTS_PREFIX)):
-                key = owner_key(read_metadata(f"{directory}{os.sep}{name}"))
-                if key and (key not in homes or not file_bytes(directory / f"{homes[key]}.mp4")):
-                    homes[key] = name.removesuffix(".json")
-        return cls(directory, names, homes, {fold(name): name for name in names})
+        homes, spellings = dict[str, str](), {fold(name): name for name in names}
+        shelf = cls(directory, names, homes, spellings)
+        for stub, metadata in shelf.described():
+            key = owner_key(metadata)
+            if key and (key not in homes or not file_bytes(directory / f"{homes[key]}.mp4")):
+                homes[key] = stub
+        return shelf
 
-    def described(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Each video that has metadata, be it there or not, and that metadata."""
+    def described(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The stub and the metadata of each video that has some, be the video there or not."""
         for name in self.names:
-            metadata = read_metadata(self.directory / name) if name.endswith(".json") else {}
-            if as_object(metadata.get("runway_task_json")):
-                yield self.directory / f"{name.removesuffix('.json')}.mp4", metadata
+            if name.endswith(".json") and not name.startswith((".", RESULTS_PREFIX)):
+                metadata = read_metadata(f"{self.directory}{os.sep}{name}")
+                if as_object(metadata.get("runway_task_json")):
+                    yield name.removesuffix(".json"), metadata
 
     def look(self, task: Task, stub: str) -> Plan:
         """What can be done for ``task`` under the name ``stub`` as things are now."""
@@ -667,9 +668,8 @@ class Shelf:
         for name in (metadata.name, path.name):
             if (other := self.spellings.get(fold(name), name)) != name:
                 return leave(f"{other} differs in case or Unicode form alone")
-        is_taken = os.path.lexists(path)
-        size = file_bytes(path) if is_taken else None
-        if is_taken and size is None:
+        size = file_bytes(path)
+        if size is None and os.path.lexists(path):
             return leave(f"{path.name} is no file")
         if os.path.lexists(metadata):
             owner = owner_key(read_metadata(metadata))
@@ -1676,7 +1676,7 @@ class Crew:
                 continue
             except DownloaderError as error:
                 result = error
-            except Exception as error:  # whatever it is, it must not end the others' work
+            except Exception as error:  # or this thread would end, and the run wait for ever
                 reason = f"unexpected {type(error).__name__}: {printable(error)}"
                 fault = TaskError(reason, "please report it")
                 result = Outcome(job.task, Status.FAILED, job.path, fault=fault)
@@ -1851,7 +1851,7 @@ class VideoDownloader:
             crew.todo.put(None)
             for result in crew.results(time.monotonic() + STOP_GRACE_S):
                 if isinstance(result, Outcome):
-                    with contextlib.suppress(Exception):  # of a callback that raises each time
+                    with contextlib.suppress(Exception):  # of a callback: one is on its way
                         self._record(result)
             self._console.show_progress([])
             with contextlib.suppress(OSError):  # have the names reach the disk as well
@@ -1920,9 +1920,9 @@ def verify(directory: Path, console: Console) -> list[Outcome]:
         raise JobError(f"the output directory {printable(directory.absolute())} is not there")
     shelf, outcomes = Shelf.scan(directory), list[Outcome]()
     bare = {name for name in shelf.names if name.endswith(".mp4") and name[0] != "."}
-    for path, metadata in shelf.described():
-        bare.discard(path.name)
-        outcomes.append(check_video(path, metadata))
+    for stub, metadata in shelf.described():
+        bare.discard(f"{stub}.mp4")
+        outcomes.append(check_video(directory / f"{stub}.mp4", metadata))
     if bare:
         console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(bare))}")
         console.say(*(f"    {printable(name)}" for name in shortened(sorted(bare), NAMES_SHOWN)))
@@ -2019,7 +2019,8 @@ def write_gallery(directory: Path, console: Console) -> None:
     page, mark = directory / GALLERY_NAME, b'content="download_succeeded_videos"'
     pairs = list(Shelf.scan(directory).described())
     pairs.sort(key=lambda pair: text_of(pair[1], "download_timestamp"), reverse=True)
-    cards = [gallery_card(*pair) for pair in pairs if file_bytes(pair[0])]
+    paths = [(directory / f"{stub}.mp4", metadata) for stub, metadata in pairs]
+    cards = [gallery_card(*each) for each in paths if file_bytes(each[0])]
     text = GALLERY_PAGE.substitute(cards="".join(cards), n=len(cards), js=GALLERY_JS)
     with disk_errors(f"write the gallery {printable(page)}"):
         is_own = os.path.isfile(page) and mark in page.read_bytes()[:READ_BYTES]
