@@ -74,6 +74,7 @@ import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -628,13 +629,15 @@ class Shelf:
     """The output directory as one scan saw it, and a look at single names as they are now.
 
     ``homes`` are the stubs of metadata by the key of the task that they name, ``spellings``
-    the names by what they fold to.
+    the names by what they fold to. ``promised`` are the folded stubs of videos that are on their
+    way, with the key of their task.
     """
 
     directory: Path
     names: Sequence[str] = ()
     homes: Mapping[str, str] = field(default_factory=dict)
     spellings: Mapping[str, str] = field(default_factory=dict)
+    promised: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def scan(cls, directory: Path) -> Shelf:
@@ -701,19 +704,19 @@ def directory_error(directory: Path, error: OSError | ValueError) -> JobError:
     return JobError(f"{what} — mend that, or choose another with --output-dir")
 
 
-def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str], in_hand: bool = False) -> Plan:
+def plan_task(task: Task, shelf: Shelf, in_hand: bool = False) -> Plan:
     """Find ``task`` in the directory as it is now, or the place it is to have.
 
-    ``claimed`` maps folded stubs that are about to be filled to the key of their task. With
-    the whole video ``in_hand``, another one without metadata is nothing to ask about; nor is it
-    for a task without a key, which cannot be known again. The task's own video wins, then a place
-    its metadata already holds, then a video under a name with its id, then the best free name.
+    With the whole video ``in_hand``, another one without metadata is nothing to ask about; nor is
+    it for a task without a key, which cannot be known again. The task's own video wins, then a
+    place its metadata already holds, then a video under a name with its id, then the best free
+    name.
     """
     home = shelf.homes.get(task.key, task.stub)
     best, holder = None, ""
     for stub in itertools.chain(dict.fromkeys((home, task.stub)), stubs_with_id(task)):
         plan, has_id = shelf.look(task, stub), f"{task.suffix}_" in f"{stub}_"
-        is_promised = claimed.get(fold(stub), task.key) != task.key
+        is_promised = shelf.promised.get(fold(stub), task.key) != task.key
         if plan.action is Action.DOWNLOAD and is_promised:
             plan = replace(plan, action=Action.LEAVE, holder=f"{stub}.mp4 is another task's")
         elif plan.action is Action.ASK and (in_hand or not task.key):
@@ -732,16 +735,16 @@ def plan_task(task: Task, shelf: Shelf, claimed: Mapping[str, str], in_hand: boo
     raise AssertionError("the numbers never run out")
 
 
-def plan_all(tasks: Iterable[Task], shelf: Shelf, claimed: dict[str, str]) -> list[Plan]:
-    """Plan ``tasks`` in order, so that a rerun gives each the same name; adds to ``claimed``."""
+def plan_all(tasks: Iterable[Task], shelf: Shelf) -> list[Plan]:
+    """Plan ``tasks`` in order, so that a rerun gives each the same name, which it is promised."""
     plans = []
     for task in tasks:
         home = shelf.directory / f"{shelf.homes.get(task.key)}.mp4"
         if task.key in shelf.homes and (size := file_bytes(home)):
             plans.append(Plan(task, home, Action.KEEP, size))
         else:
-            plans.append(plan_task(task, shelf, claimed))
-            claimed[fold(plans[-1].path.stem)] = task.key
+            plans.append(plan_task(task, shelf))
+            shelf.promised[fold(plans[-1].path.stem)] = task.key
     return plans
 
 
@@ -1017,12 +1020,11 @@ class Pace:
 class Workplace:
     """What all downloads of a run share: the directory, and how to ask servers, until ``stop``.
 
-    ``claimed`` maps folded stubs to their task's key. The live line looks at ``downloads``, all
-    those begun.
+    The live line looks at ``downloads``, all those begun. ``syncing`` are threads that wait for
+    the disk while a worker computes: a fifth of the time of 1 GB.
     """
 
     shelf: Shelf
-    claimed: dict[str, str]
     session: requests.Session
     timeout_s: float
     retries: int
@@ -1030,6 +1032,7 @@ class Workplace:
     stop: threading.Event = field(default_factory=threading.Event)
     downloads: list[Download] = field(default_factory=list)
     turn: threading.Lock = field(default_factory=threading.Lock)
+    syncing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(MAX_WORKERS))
     _paces: dict[str, Pace] = field(default_factory=dict)
 
     def get(self, link: str, headers: Mapping[str, str], **how: Any) -> requests.Response:
@@ -1290,7 +1293,7 @@ class Download:
 
     def _attempt(self) -> Outcome:
         """A look at the directory, a request if need be for what is missing, and publishing."""
-        self._plan = plan_task(self._task, self._place.shelf, self._place.claimed)
+        self._plan = plan_task(self._task, self._place.shelf)
         if self._plan.action is Action.KEEP:
             return self._outcome(Status.EXISTS, self._plan.size_bytes)
         if self._plan.action is Action.ADOPT:
@@ -1351,7 +1354,7 @@ class Download:
                 with contextlib.suppress(TransientError):  # it is another task's by now
                     if total == self._plan.size_bytes:
                         return self._adopt()
-                self._choose_name()
+                self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
             if continues:
                 self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
             else:
@@ -1390,19 +1393,16 @@ class Download:
         self._tries += 1
         self._place.wait(backoff_s(failures, error.retry_after_s, random.random()))
 
-    def _choose_name(self) -> None:
-        """Choose the name anew, knowing that a video without metadata is another one."""
-        place = self._place
-        self._plan = plan_task(self._task, place.shelf, place.claimed, in_hand=True)
-        place.claimed[fold(self._plan.path.stem)] = self._task.key
-
     def _publish(self) -> Outcome:
         """Give the whole video its name, or another if that is taken by now."""
         with disk_errors("write the video"):
+            sync: Callable[[], None] = functools.partial(os.fsync, self.part.file.fileno())
+            with contextlib.suppress(RuntimeError):  # the system gives no more threads
+                sync = self._place.syncing.submit(sync).result
             info = file_info(self.part.file)
-            os.fsync(self.part.file.fileno())
+            sync()
         for _ in range(NAME_TRIES):
-            self._choose_name()
+            self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
             if self._plan.action is Action.KEEP:
                 return self._outcome(Status.EXISTS, self._plan.size_bytes)
             if not self.part.is_intact:
@@ -1568,19 +1568,18 @@ def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
     return [*lines, "", verdict] if bad and total > 1 else lines
 
 
-def progress_parts(total: int, done: int, downloads: Sequence[Download], for_s: float) -> list[str]:
-    """How far a run of ``total`` tasks is, the most important part first.
+def progress_parts(total: int, done: int, place: Workplace, for_s: float) -> list[str]:
+    """How far a run of ``total`` tasks is after ``for_s`` seconds, the most important part first.
 
-    ``done`` of them have an outcome, ``downloads`` were begun within the ``for_s`` seconds.
+    ``done`` of them have an outcome.
     """
-    active = [each for each in downloads if not each.part.file.closed]
+    active, received = place.active, sum(each.received for each in place.downloads) / BYTES_PER_MB
     waiting = [f"🔁 {each.waiting}" for each in active if each.waiting]
-    received = sum(each.received for each in downloads) / BYTES_PER_MB
     parts = [f"⏬ {done:,}/{total:,}", *waiting[-1:], f"{received:.1f} MB"]
-    share = len(downloads) - sum(1 - each.part.share for each in active)
-    if received and share > 0:
-        to_do = max(0.0, total - done + len(downloads) - len(active) - share)
-        left = timedelta(seconds=round(min(for_s * to_do / share, 359_999)))
+    in_hand = sum(each.part.share for each in active)  # in videos, as what follows
+    had, to_do = len(place.downloads) - len(active) + in_hand, max(0.0, total - done - in_hand)
+    if received and had > 0:
+        left = timedelta(seconds=round(min(for_s * to_do / had, 359_999)))
         parts += [f"{received / for_s:.1f} MB/s", f"{left} left"]
     return parts
 
@@ -1798,9 +1797,8 @@ class VideoDownloader:
         """Bring ``tasks`` to disk; how many are there. Raises `JobError`, KeyboardInterrupt."""
         self.stats["total_succeeded"] += len(tasks)
         self._total, self._before = len(tasks), len(self.outcomes)
-        shelf, claimed = Shelf.scan(self._directory), dict[str, str]()
-        jobs, existing = list[Plan](), 0
-        for plan in plan_all(tasks, shelf, claimed):
+        shelf, jobs, existing = Shelf.scan(self._directory), list[Plan](), 0
+        for plan in plan_all(tasks, shelf):
             is_due = self.command and is_waiting(plan.path.with_suffix(".json"))
             if plan.action is not Action.KEEP or is_due:
                 jobs.append(plan)
@@ -1811,16 +1809,16 @@ class VideoDownloader:
         if (more := existing - EXISTING_SHOWN) > 0:
             self._console.say("", f"  ⚠️ … and {more:,} more that already exist")
         if jobs:
-            self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), shelf, claimed)
+            self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), shelf)
         failed = count_outcomes(self.outcomes[self._before :])["failed_downloads"]
         if not failed:
             sweep(self._directory, shelf.names, tasks)
         return len(tasks) - failed
 
-    def _work(self, jobs: Sequence[Plan], shelf: Shelf, claimed: dict[str, str]) -> None:
+    def _work(self, jobs: Sequence[Plan], shelf: Shelf) -> None:
         """Carry ``jobs`` out in worker threads; report each in this one."""
         self._session = self._session or make_session(self.workers)
-        place = Workplace(shelf, claimed, self._session, self.timeout, self.retries, self.command)
+        place = Workplace(shelf, self._session, self.timeout, self.retries, self.command)
         try:
             self._lead(Crew(place, jobs, self.workers), place)
         except JobError:  # make room, of what workers still hold as well
@@ -1840,7 +1838,7 @@ class VideoDownloader:
                     self._record(result)
                     continue
                 done, for_s = len(self.outcomes) - self._before, time.monotonic() - started
-                parts = progress_parts(self._total, done, place.downloads, for_s)
+                parts = progress_parts(self._total, done, place, for_s)
                 if crew.left == len(crew.held) and not place.active:
                     waiting = f"⏳ Waiting for {counted(crew.left)} that another run has in hand"
                     self._console.say(*([] if told else ["", waiting]))
@@ -1853,6 +1851,7 @@ class VideoDownloader:
                 if isinstance(result, Outcome):
                     with contextlib.suppress(Exception):  # of a callback: one is on its way
                         self._record(result)
+            place.syncing.shutdown(wait=False)
             self._console.show_progress([])
             with contextlib.suppress(OSError):  # have the names reach the disk as well
                 descriptor = os.open(self._directory, os.O_RDONLY)
@@ -1893,7 +1892,7 @@ def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], lis
 def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> list[Outcome]:
     """List what a run would do, soonest to expire first; no request, nothing written."""
     counts = Counter({"to do": 0, "expired": 0, "already there": 0})
-    plans = plan_all(tasks, Shelf.scan(directory), {})
+    plans = plan_all(tasks, Shelf.scan(directory))
     found = list[Outcome]()
     for plan in sorted(plans, key=lambda plan: link_expiry(plan.task.link)):
         expiry, is_there = link_expiry(plan.task.link), plan.action in (Action.KEEP, Action.ADOPT)

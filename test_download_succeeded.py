@@ -2153,19 +2153,19 @@ def test_a_program_that_uses_the_class_ends_soon_after_ctrl_c(cdn: Cdn, tmp_path
 # The disk.
 
 
-def test_a_disk_that_fills_up_ends_the_run(cdn: Cdn, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_least", [0, SMALL], ids=["any-file", "a-video"])
+def test_a_disk_that_fills_up_ends_the_run(cdn: Cdn, tmp_path: Path, at_least: int) -> None:
     output_dir, rows = tmp_path / "video_outputs", serve(cdn, 7, Reply(wait_s=0.05))
     cdn.replies["/0.mp4"] = [Reply(send=HALF, ending="hang")]
-    full = "raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
-    env = sabotage(tmp_path / "s", "count > 6", full, "os.fsync")
+    condition = f"count > 6 and os.fstat(arguments[0]).st_size >= {at_least}"
+    env = sabotage(tmp_path / "s", condition, "raise OSError(errno.ENOSPC, '')", "os.fsync")
     result = download(tmp_path, rows, "--workers", "2", run=run_process, env=env)
     assert result.returncode == 1
     assert re.fullmatch("❌ no space left[^\n]*", result.stderr.strip())
     videos = list(output_dir.glob("*.mp4"))
     assert 1 <= len(videos) < 6
-    for video in videos:
-        number = int(video.stem[-1])
-        assert_whole(output_dir, video.stem, make_task_id(number), make_mp4(number))
+    for number in (int(video.stem[-1]) for video in videos):
+        assert_whole(output_dir, f"picture_{number}", make_task_id(number), make_mp4(number))
     assert cdn.asked("0.mp4")
     assert len(names_in(output_dir)) == 2 * len(videos)  # no part file either
 
