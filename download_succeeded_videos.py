@@ -997,7 +997,7 @@ class Pace:
 
     def served(self, now: float) -> None:
         self._served_at, self._held_s = now, 0.0
-        self._interval_s = 0.95 * self._interval_s if self._interval_s > 0.01 else 0.0
+        self._interval_s = 0.93 * self._interval_s if self._interval_s > 0.01 else 0.0
 
     def overloaded(self, now: float, asked: float, hold_s: float, is_sending: bool) -> bool:
         """Slow down, once for all that ``asked`` before that; whether others are still served.
@@ -1010,7 +1010,7 @@ class Pace:
             self._interval_s = 0.0
             return False
         if asked >= self._slowed_at:
-            self._interval_s = min(1.0, max(0.05, 2 * self._interval_s))
+            self._interval_s = min(0.5, max(0.05, 2 * self._interval_s))
             self._slowed_at = now
             self._held_s += hold_s
         return True
