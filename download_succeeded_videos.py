@@ -82,7 +82,7 @@ from glob import glob
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO, NoReturn
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 try:
     import requests
@@ -374,6 +374,7 @@ def merge_tasks(tasks: Iterable[Task]) -> list[Task]:
 
 # --- Names: a stub is a name, never a path ----------------------------------------------------
 
+_FILE_NAMES = sys.getfilesystemencoding()  # UTF-8, but in an old locale
 _UNSAFE = re.compile(
     r'[\x00-\x1f\x7f-\x9f<>:"/\\|?*\ud800-\udfff'  # separators, control, not encodable
     r"\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"  # lines and text direction
@@ -388,7 +389,7 @@ def safe_stub(stub: str) -> str:
 
     An ordinary stub comes back to the letter. Leading dots would hide the video.
     """
-    name = _UNSAFE.sub("_", stub)
+    name = _UNSAFE.sub("_", stub.encode(_FILE_NAMES, "replace").decode(_FILE_NAMES))
     if not name.strip():
         return ""
     name = re.sub(r"\A\.+", lambda dots: "_" * len(dots[0]), name)
@@ -946,7 +947,7 @@ def check_status(status: int, headers: Mapping[str, str]) -> None:
 class SharedContextAdapter(requests.adapters.HTTPAdapter):
     """Gives all connections one TLS context: left alone, requests loads the CA bundle for each.
 
-    That is 20 ms of CPU a connection.
+    That is 20 ms of CPU a connection. It keeps connections alive, and knows no .netrc.
     """
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -965,15 +966,6 @@ class SharedContextAdapter(requests.adapters.HTTPAdapter):
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Add nothing: the context holds the bundle and asks for a good certificate."""
-
-
-def make_session(workers: int) -> requests.Session:
-    """A session for ``workers`` threads, which keeps connections alive."""
-    session = requests.Session()
-    session.trust_env = False  # no .netrc for the CDN
-    adapter = SharedContextAdapter(pool_connections=workers, pool_maxsize=workers)
-    session.adapters.update({"http://": adapter, "https://": adapter})
-    return session
 
 
 class Pace:
@@ -1025,7 +1017,7 @@ class Workplace:
     """
 
     shelf: Shelf
-    session: requests.Session
+    adapter: SharedContextAdapter
     timeout_s: float
     retries: int
     command: Sequence[str]
@@ -1035,10 +1027,11 @@ class Workplace:
     syncing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(MAX_WORKERS))
     _paces: dict[str, Pace] = field(default_factory=dict)
 
-    def get(self, link: str, headers: Mapping[str, str], **how: Any) -> requests.Response:
-        """The head of the answer, when it is this request's turn.
+    def get(self, link: str, headers: Mapping[str, str], redirects: int) -> requests.Response:
+        """The head of the answer, when it is this request's turn, after so many ``redirects``.
 
-        Raises `TransientError` for 429 and 503, and what `explain` makes of other faults.
+        They are followed here, as requests would read their bodies, however long. Raises
+        `TransientError` for 429 and 503, and what `explain` makes of other faults.
         """
         try:
             host = urlsplit(link).netloc
@@ -1049,13 +1042,17 @@ class Workplace:
                 self.wait(delay_s)
             asked = time.monotonic()
             request = requests.Request("GET", link, headers).prepare()
-            how |= {"proxies": pace.proxies, "timeout": self.timeout_s}
-            response = self.session.send(request, stream=True, **how)
+            response = self.adapter.send(request, True, self.timeout_s, proxies=pace.proxies)
+            is_moved = redirects and response.is_redirect
+            target = response.headers["Location"].encode("latin-1").decode() if is_moved else ""
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
         if response.status_code not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
             pace.served(time.monotonic())
-            return response
+            if not target:
+                return response
+            response.close()
+            return self.get(urljoin(link, target), headers, redirects - 1)
         response.close()
         wait_s = retry_after_s(response.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
@@ -1121,8 +1118,8 @@ def explain(error: BaseException | None, timeout_s: float) -> TaskError:
     is_refused = re.search("verify failed|n't match", str(error))
     if isinstance(error, requests.exceptions.SSLError) and is_refused:
         return TaskError("the server's certificate is not trusted", "set REQUESTS_CA_BUNDLE")
-    if isinstance(error, (requests.TooManyRedirects, ValueError)):
-        return TaskError("no usable address, or a redirect loop", "see link, proxy and base URL")
+    if isinstance(error, ValueError) and not isinstance(error, requests.exceptions.InvalidHeader):
+        return TaskError("no usable address", "see link, proxy and base URL")
     if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
         return TransientError(f"stalled: nothing came within {timeout_s:g} s")
     while error:
@@ -1148,7 +1145,7 @@ def fetch_fresh_link(task_id: str, place: Workplace) -> str:
     base_url = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
     headers = {"Authorization": f"Bearer {api_secret()}", "X-Runway-Version": "2024-11-06"}
     link = f"{base_url}/v1/tasks/{quote(task_id, '', errors='replace')}"
-    with place.get(link, headers, allow_redirects=False) as response:
+    with place.get(link, headers, redirects=0) as response:
         status, body = response.status_code, b""
         if status != 200 and status not in RETRIED_STATUSES:
             raise TaskError(f"HTTP {status}", "see the task, and RUNWAYML_API_SECRET")
@@ -1253,7 +1250,7 @@ class Download:
         self._dead = LinkDead(NO_LINK, "")
         self._tries, self._failures, self._most_bytes = 1, 0, 0
         self._notes = Counter[str]()
-        self._length_matched, self._warning = True, ""
+        self._length_matched, self._has_resumed, self._warning = True, False, ""
 
     def run(self) -> Outcome:
         """Do what is to be done; raises `JobError`, `InOtherHands` and `Cancelled`."""
@@ -1336,11 +1333,11 @@ class Download:
     def _transfer(self) -> Outcome | None:
         """Ask and receive, unless the answer shows that the file there is this task's own."""
         part, headers = self.part, {"Accept-Encoding": "identity"}
-        # after tries in vain the last one asks for all, as ranges may be what fails
-        is_last = self._failures >= max(1 + bool(self._most_bytes), self._place.retries)
-        if part.source and part.size_bytes and not is_last:
+        # after tries in vain the last one asks for all, as ranges may be what fails here
+        few = self._failures < max(1 + bool(self._most_bytes), self._place.retries)
+        if part.source and part.size_bytes and (few or self._has_resumed):
             headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
-        with self._place.get(self._link, headers) as response:
+        with self._place.get(self._link, headers, redirects=30) as response:
             self.waiting = ""
             status, (start, total, source) = response.status_code, read_head(response)
             continues = 0 < part.size_bytes == start and source == part.source
@@ -1356,6 +1353,7 @@ class Download:
                         return self._adopt()
                 self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
             if continues:
+                self._has_resumed = True
                 self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
             else:
                 part.restart(source)
@@ -1592,8 +1590,7 @@ class Console:
     """
 
     def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
-        self._quiet, self._as_json = quiet, as_json
-        self._printed = time.monotonic()
+        self._quiet, self._as_json, self._printed = quiet, as_json, time.monotonic()
 
     def say(self, *lines: str) -> None:
         if not self._quiet:
@@ -1712,12 +1709,11 @@ class VideoDownloader:
 
     def __post_init__(self) -> None:
         """Make ``output_dir``; raises `JobError` if it cannot be made or written."""
-        self.stats = count_outcomes()
-        self.outcomes: list[Outcome] = []
+        self.stats, self.outcomes = count_outcomes(), list[Outcome]()
         self.output_dir = self._directory = Path(self.output_dir)
         self._console = self.console or Console(self.quiet)
         self._turn = threading.RLock()
-        self._session: requests.Session | None = None
+        self._adapter: SharedContextAdapter | None = None
         try:
             with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -1817,8 +1813,8 @@ class VideoDownloader:
 
     def _work(self, jobs: Sequence[Plan], shelf: Shelf) -> None:
         """Carry ``jobs`` out in worker threads; report each in this one."""
-        self._session = self._session or make_session(self.workers)
-        place = Workplace(shelf, self._session, self.timeout, self.retries, self.command)
+        self._adapter = self._adapter or SharedContextAdapter(self.workers, self.workers)
+        place = Workplace(shelf, self._adapter, self.timeout, self.retries, self.command)
         try:
             self._lead(Crew(place, jobs, self.workers), place)
         except JobError:  # make room, of what workers still hold as well
@@ -2058,8 +2054,9 @@ def command(text: str) -> tuple[str, ...]:
     words = shlex.split(text.replace("\\", "\\\\") if os.name == "nt" else text)
     if not words or not shutil.which(words[0]):
         raise argparse.ArgumentTypeError(f"{text!r}: there is no such command")
-    if unknown := set(re.findall(r"\{[\w-]*\}", text)) - {"{video}", "{metadata}"}:
-        raise argparse.ArgumentTypeError(f"{min(unknown)} is not {{video}} or {{metadata}}")
+    for word in re.findall(r"\{\s*[\w-]*(?:[.!:][^{}]*)?\s*\}", text):
+        if word not in ("{video}", "{metadata}"):
+            raise argparse.ArgumentTypeError(f"{word} is not {{video}} or {{metadata}}")
     return tuple(words)
 
 
@@ -2073,7 +2070,7 @@ def build_parser() -> argparse.ArgumentParser:
     on: dict[str, Any] = {"action": "store_true"}
     whole, some = bounded(int, 1, MAX_WORKERS), "(default: %(default)s)"
     add("files", nargs="*", type=Path, metavar="FILE", help="results files (default: the latest)")
-    add("--polling-results-file", type=Path, metavar="FILE", help="the same, for one file")
+    add("--polling-results-file", type=Path, action="append", metavar="FILE", help="the same")
     add("--all", **on, help="read every results file, latest first")
     add("--output-dir", type=Path, metavar="DIR", help=f"where the videos go; created {some}")
     add("--workers", type=whole, metavar="N", help=f"videos at a time, 1 to {MAX_WORKERS} {some}")
@@ -2091,7 +2088,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", **on, help="one JSON object on stdout, all else on stderr")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(**{name: getattr(VideoDownloader, name) for name in SETTINGS})
-    parser.set_defaults(output_dir=Path(DEFAULT_OUTPUT_DIR), shard=(1, 1))
+    parser.set_defaults(output_dir=Path(DEFAULT_OUTPUT_DIR), shard=(1, 1), polling_results_file=[])
     return parser
 
 
@@ -2100,12 +2097,13 @@ def parse_arguments(argv: Sequence[str] | None) -> Options:
     parser = build_parser()
     options, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        known = re.findall(r"--[a-z-]+", parser.format_help())
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        parser.error(f"unknown option {unknown[0]}" + (f": is {near[0]} meant?" if near else ""))
+        known, option = re.findall(r"--[a-z-]+", parser.format_help()), unknown[0].split("=")[0]
+        longer = [each for each in known if each.startswith(option)]
+        near = longer or difflib.get_close_matches(option, known, n=1, cutoff=0.0)
+        parser.error(f"unknown option {unknown[0]}: is {near[0]} meant?")
     if bool(options.files) + bool(options.polling_results_file) + options.all > 1:
         parser.error("give only one of FILE, --polling-results-file and --all")
-    options.files += [options.polling_results_file] if options.polling_results_file else []
+    options.files += options.polling_results_file
     return options
 
 

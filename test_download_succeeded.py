@@ -1264,7 +1264,7 @@ REPLY_TABLE: dict[str, tuple[Sequence[Reply], int, str]] = {
     "cut-again-and-again": ([Reply(send=VIDEO_BYTES // 5 + 1)], 5, ""),
     "reset": ([Reply(send=HALF, ending="reset"), GOOD], 2, ""),
     **{f"{code}-then-good": ([refusal(code), GOOD], 2, "") for code in (408, 425, 429, 500)},
-    "redirected": ([headed("Location", "/good.mp4?_jwt=secret", status=302, body=b"")], 1, ""),
+    "302": ([headed("Location", "good.mp4?_jwt=secret", status=302, send=1, ending="hang")], 1, ""),
     "always-500": ([refusal(500)], 3, "HTTP 500"),
     "503-retry-after": ([refusal(503, "1"), GOOD], 2, ""),
     "503-retry-after-the-past": ([refusal(503, "Tue, 17 Jun 2025 03:59:59 GMT"), GOOD], 2, ""),
@@ -1440,8 +1440,7 @@ def test_mp4_cut_at_any_byte_inside_a_box_is_seen(content_run: TableRun) -> None
 
 DATED = Reply(headers={"ETag": None, "Last-Modified": "Tue, 17 Jun 2025 04:00:00 GMT"})
 WEAK, UNMARKED = Reply(headers={"ETag": 'W/"object"'}), Reply(headers={"ETag": None})
-CUT = Reply(send=HALF)
-END = VIDEO_BYTES - 1
+CUT, QUARTER, END = Reply(send=HALF), Reply(send=HALF // 2), VIDEO_BYTES - 1
 
 
 def sent_from(first: int) -> Reply:
@@ -1453,9 +1452,10 @@ def sent_from(first: int) -> Reply:
 LONGER = Reply(body=OTHER + WHOLE, headers={"ETag": make_etag(OBJECT)})
 NO_TOTAL = headed("Content-Range", f"bytes {HALF}-{END}/*")
 MORE = replace(sent_from(HALF), body=OBJECT)
-ONCE, TWICE = [None, HALF], [None, HALF, None]
+ONCE, TWICE, FURTHER = [None, HALF], [None, HALF, None], [None, HALF, *[HALF * 3 // 2] * 2]
 RESUME_TABLE: dict[str, tuple[Sequence[Reply], Sequence[int | None], bytes]] = {
     "the-same-object": ([CUT, Reply()], ONCE, OBJECT),
+    "failing-after-a-resume": ([CUT, QUARTER, Reply(status=502), Reply()], FURTHER, OBJECT),
     "after-a-503": ([CUT, Reply(status=503), Reply()], [None, HALF, HALF], OBJECT),
     "chunked": ([CUT, Reply(framing="chunked")], ONCE, OBJECT),
     "another-object": ([CUT, Reply(body=OTHER)], ONCE, OTHER),
@@ -1609,7 +1609,7 @@ def make_api_table(fresh: str) -> dict[str, tuple[Sequence[Reply], int, str]]:
         "429-retry-after-too-long": ([answer({}, 429, Retry_After="300")], 1, "429.*300 s"),
         "always-500": ([answer({}, 500)], 2, "API.*500"),
         "403": ([answer({}, 403)], 1, "API.*403"),
-        "redirect": ([answer({}, 302, Location=fresh)], 1, "API.*302"),
+        "redirect": ([headed("Location", fresh, status=302, send=1, ending="hang")], 1, "API.*302"),
         "no-output": ([task(output=[])], 1, "API.*no (output|video)"),
         "failed-by-now": ([task(status="FAILED", output=None)], 1, "API.*FAILED"),
         "without-end": ([Reply(body=endless, send=2_000_000, ending="hang")], 2, "API.*not all"),
@@ -2333,7 +2333,7 @@ def test_what_cannot_be_read_is_said_with_what_would_help(tmp_path: Path) -> Non
     assert "missing.json: cannot be read: No such file" in result.stderr
 
 
-@pytest.mark.parametrize("way", ["--all", "FILE ..."])
+@pytest.mark.parametrize("way", ["--all", "", "--polling-results-file="])
 def test_several_files_are_read_latest_first(tmp_path: Path, cdn: Cdn, way: str) -> None:
     rows = serve(cdn, 3)
     stale = rows[0] | {"video_url": cdn.add("stale.mp4", b"", Reply(status=404))}
@@ -2346,7 +2346,7 @@ def test_several_files_are_read_latest_first(tmp_path: Path, cdn: Cdn, way: str)
     broken = write_results(tmp_path, [], "20250614_000000")
     broken.write_text("{", encoding="utf-8")
     files = sorted(map(str, tmp_path.rglob("*.json")), key=os.path.basename)
-    arguments = ["--output-dir", "out", *(["--all"] if way == "--all" else files)]
+    arguments = ["--output-dir", "out", *([way] if way == "--all" else map(way.__add__, files))]
     result = run_script(tmp_path, *arguments)
     assert result.returncode == 3
     assert result.stdout.startswith("🔍 Found 4 polling results files\n") == (way == "--all")
@@ -2799,7 +2799,7 @@ REFUSED = {
     "K/N with K from 1 to N": ["--shard 0/4", "--shard 5/4", "--shard 1/0", "--shard x"],
     "no such command": ["--exec ''", "--exec 'no-such-command {video}'"],
     "invalid command value": ['--exec "\'unbalanced {video}"'],
-    "{video}": [f"--exec '{PYTHON} {{{word}}}'" for word in ("vid", "video-file", "")],
+    "{video}": [f"--exec '{PYTHON} {{{word}}}'" for word in ("vid", "video-file", "", " video")],
     "--quiet": ["--quite"],
     "expected one argument": ["--polling-results-file"],
     "only one of FILE": ["--all a.json", "--all --polling-results-file a.json",
@@ -2807,7 +2807,7 @@ REFUSED = {
     "not allowed with": ["--dry-run --verify"],
     "--workers": ["--worker 3"],
     "--dry-run": ["--dryrun"],
-    "--output-dir": ["--out-dir=x"],
+    "--output-dir": ["--out-dir=x", "--out x"],
     "--gallery": ["a.json --galery"],
     "--zzz": ["--zzz"],
 }  # fmt: skip
