@@ -1042,7 +1042,8 @@ class Workplace:
                 self.wait(delay_s)
             asked = time.monotonic()
             request = requests.Request("GET", link, headers).prepare()
-            response = self.adapter.send(request, True, self.timeout_s, proxies=pace.proxies)
+            how: dict[str, Any] = {"timeout": self.timeout_s, "proxies": pace.proxies}
+            response = self.adapter.send(request, stream=True, **how)
             is_moved = redirects and response.is_redirect
             target = response.headers["Location"].encode("latin-1").decode() if is_moved else ""
         except NETWORK_ERRORS as error:
@@ -1635,8 +1636,7 @@ class Crew:
     """
 
     def __init__(self, place: Workplace, jobs: Sequence[Plan], workers: int) -> None:
-        self.left, self.held = len(jobs), set[str]()
-        self._place, self._threads = place, 0
+        self.left, self.held, self._place, self._threads = len(jobs), set[str](), place, 0
         self.todo, self._done = SimpleQueue[Plan | None](), SimpleQueue[Outcome | DownloaderError]()
         for job in jobs:
             self.todo.put(job)
