@@ -374,7 +374,6 @@ def merge_tasks(tasks: Iterable[Task]) -> list[Task]:
 
 # --- Names: a stub is a name, never a path ----------------------------------------------------
 
-_FILE_NAMES = sys.getfilesystemencoding()  # UTF-8, but in an old locale
 _UNSAFE = re.compile(
     r'[\x00-\x1f\x7f-\x9f<>:"/\\|?*\ud800-\udfff'  # separators, control, not encodable
     r"\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"  # lines and text direction
@@ -389,7 +388,7 @@ def safe_stub(stub: str) -> str:
 
     An ordinary stub comes back to the letter. Leading dots would hide the video.
     """
-    name = _UNSAFE.sub("_", stub.encode(_FILE_NAMES, "replace").decode(_FILE_NAMES))
+    name = _UNSAFE.sub("_", stub)
     if not name.strip():
         return ""
     name = re.sub(r"\A\.+", lambda dots: "_" * len(dots[0]), name)
@@ -800,11 +799,10 @@ class PartFile:
         try_lock(descriptor)
         return cls(own, descriptor)
 
-    @property
-    def is_intact(self) -> bool:
-        """Whether the file of this name is still the one written, with what was written."""
+    def is_intact(self, path: Path | None = None) -> bool:
+        """Whether ``path``, else its own name, is of the file written, with what was written."""
         size_bytes = os.fstat(self.file.fileno()).st_size
-        return size_bytes == self.size_bytes and is_same_file(self.file.fileno(), self.path)
+        return size_bytes == self.size_bytes and is_same_file(self.file.fileno(), path or self.path)
 
     @property
     def share(self) -> float:
@@ -834,7 +832,7 @@ class PartFile:
         if self.file.closed:
             return
         is_ours = is_same_file(self.file.fileno(), self.path) or not os.path.lexists(self.path)
-        is_of_use = keep and self.is_intact and self.share > 0
+        is_of_use = keep and self.is_intact() and self.share > 0
         if os.name == "nt":  # where no open file can be removed
             self.file.close()
         if is_ours and not is_of_use:
@@ -1044,8 +1042,8 @@ class Workplace:
             request = requests.Request("GET", link, headers).prepare()
             how: dict[str, Any] = {"timeout": self.timeout_s, "proxies": pace.proxies}
             response = self.adapter.send(request, stream=True, **how)
-            is_moved = redirects and response.is_redirect
-            target = response.headers["Location"].encode("latin-1").decode() if is_moved else ""
+            target = response.headers["Location"] if redirects and response.is_redirect else ""
+            moved_to = urljoin(link, target.encode("latin-1").decode())
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
         if response.status_code not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
@@ -1053,7 +1051,7 @@ class Workplace:
             if not target:
                 return response
             response.close()
-            return self.get(urljoin(link, target), headers, redirects - 1)
+            return self.get(moved_to, headers, redirects - 1)
         response.close()
         wait_s = retry_after_s(response.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
@@ -1240,8 +1238,6 @@ class Download:
     The live line looks at ``part``, ``received`` and ``waiting`` meanwhile.
     """
 
-    part: PartFile
-
     def __init__(self, plan: Plan, place: Workplace) -> None:
         self.received, self.waiting = 0, ""
         self._plan, self._task, self._place = plan, plan.task, place
@@ -1284,7 +1280,7 @@ class Download:
                         return self._adopt(f"  ℹ️ Taken for this task's, unasked: {error.why}")
             except TransientError as error:
                 self._back_off(error)
-                if not self.part.is_intact:
+                if not self.part.is_intact():
                     self.part.restart()  # what has its name now is not to be taken for it
                     self.part.release()
                     self.part = PartFile.claim(self._hidden)
@@ -1404,7 +1400,7 @@ class Download:
             self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
             if self._plan.action is Action.KEEP:
                 return self._outcome(Status.EXISTS, self._plan.size_bytes)
-            if not self.part.is_intact:
+            if not self.part.is_intact():
                 break
             with contextlib.suppress(FileExistsError), disk_errors("put the video in place"):
                 self._put_in_place(info)
@@ -1421,6 +1417,9 @@ class Download:
         is_new = put_metadata(metadata, self._task, path.name, info, bool(self._place.command))
         try:  # what is there is replaced if it is empty, or as broken as it was a moment ago
             publish(self.part.path, path, replaces=file_bytes(path) == self._plan.size_bytes)
+            if not self.part.is_intact(path):  # somebody changed what the hidden name stands for
+                remove(path)
+                raise FileExistsError
         except OSError:
             if is_new and file_bytes(path) != info["size_bytes"]:  # else it describes that one
                 remove(metadata)

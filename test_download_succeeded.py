@@ -1937,19 +1937,19 @@ def test_what_others_do_makes_no_wrong_file(meddled_run: TableRun, name: str) ->
 
 
 def test_what_others_did_leaves_nothing_hidden_behind(meddled_run: TableRun) -> None:
-    assert meddled_run.exit_code == 0
-    assert hidden_in(meddled_run.output_dir) == set()
+    assert (meddled_run.exit_code, hidden_in(meddled_run.output_dir)) == (0, set())
 
 
-def test_a_name_taken_at_the_last_moment_stays_whose_it_is(cdn: Cdn, tmp_path: Path) -> None:
-    foreign, task_id = make_mp4("foreign", 3000), make_task_id(0)
-    put = f"open(arguments[1], 'wb').write({foreign!r})"
-    env = sabotage(tmp_path / "s", "str(arguments[1]).endswith('_0.mp4')", put, "os.link")
+@pytest.mark.parametrize("is_final", [True, False], ids=["final", "hidden"])
+def test_a_name_taken_at_the_last_moment(cdn: Cdn, tmp_path: Path, is_final: bool) -> None:
+    task_id, put = make_task_id(0), f"open(arguments[{is_final:d}], 'wb').write({WHOLE!r})"
+    env = sabotage(tmp_path / "s", "count == 2", put, "os.link")
     assert download(tmp_path, serve(cdn, 1), run=run_process, env=env).returncode == 0
     output_dir = tmp_path / "video_outputs"
-    assert (output_dir / "picture_0.mp4").read_bytes() == foreign
-    assert_whole(output_dir, f"picture_0_{task_id[:8]}", task_id, make_mp4(0))
-    assert len(names_in(output_dir)) == 3
+    assert ((output_dir / "picture_0.mp4").read_bytes() == WHOLE) == is_final
+    stub = "picture_0" + is_final * f"_{task_id[:8]}"
+    assert_whole(output_dir, stub, task_id, make_mp4(0))
+    assert len(names_in(output_dir)) == 2 + is_final
 
 
 # A directory that is not ours alone.
