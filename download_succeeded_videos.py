@@ -1165,7 +1165,8 @@ def read_api_answer(body: bytes) -> str:
     output, status = task.get("output"), task.get("status", "SUCCEEDED")
     link = usable_link(output[0]) if isinstance(output, list) and output else ""
     if not link or status != "SUCCEEDED":
-        reason = f"the answer holds no video (status {printable(status)[:20]})"
+        shown = status if re.fullmatch("[A-Z_]{1,20}", str(status)) else "unknown"  # not our key
+        reason = f"the answer holds no video (status {shown})"
         raise TaskError(reason, "see the task in Runway, or RUNWAYML_BASE_URL")
     return link
 
@@ -1245,8 +1246,7 @@ class Download:
         self._link, self._is_fresh = plan.task.link, False
         self._hidden = hidden_path(plan.path.parent, plan.task.key)
         self._dead = LinkDead(NO_LINK, "")
-        self._tries, self._failures, self._most_bytes = 1, 0, 0
-        self._notes = Counter[str]()
+        self._tries, self._failures, self._most_bytes, self._notes = 1, 0, 0, Counter[str]()
         self._length_matched, self._has_resumed, self._warning = True, False, ""
 
     def run(self) -> Outcome:
