@@ -1610,7 +1610,7 @@ def make_api_table(fresh: str) -> dict[str, tuple[Sequence[Reply], int, str]]:
         "always-500": ([answer({}, 500)], 2, "API.*500"),
         "403": ([answer({}, 403)], 1, "API.*403"),
         "redirect": ([headed("Location", fresh, status=302, send=1, ending="hang")], 1, "API.*302"),
-        "no-output": ([task(output=[])], 1, "API.*no (output|video)"),
+        "no-output": ([task(output=[], status=API_KEY)], 1, "API.*no (output|video)"),
         "failed-by-now": ([task(status="FAILED", output=None)], 1, "API.*FAILED"),
         "without-end": ([Reply(body=endless, send=2_000_000, ending="hang")], 2, "API.*not all"),
         "above-1-mb": ([Reply(body=endless[-(2**20 + 9) :])], 2, "API.*not all"),
