@@ -74,7 +74,6 @@ import time
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -100,7 +99,6 @@ if sys.platform != "win32":
 __version__ = "2.0.0"
 
 Object = Mapping[str, Any]  # of JSON
-Options = argparse.Namespace
 
 DEFAULT_OUTPUT_DIR = "video_outputs"
 MAX_WORKERS = 64
@@ -110,6 +108,7 @@ RETRY_AFTER_CAP_S = 60.0
 STILL_SERVING_S = 10.0
 STALL_BYTES_PER_SECOND = 1024
 READ_BYTES = 512 * 1024
+SYNC_BYTES = 64 * 1024 * 1024
 TLS_RECORD_BYTES = 16 * 1024 + 261  # RFC 8446, 5.2, with its head
 BYTES_PER_MB = 1024 * 1024
 NAME_MAX_BYTES = 255
@@ -596,6 +595,14 @@ def remove(path: Path) -> None:
         os.unlink(path)
 
 
+def sync(path: Path) -> None:
+    """Have a file or directory reach the disk. Errors stay for who syncs a file that he wrote."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        descriptor = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        os.fsync(descriptor)
+
+
 # --- The directory and the plan: which name, and download, adopt or leave ---------------------
 
 
@@ -821,11 +828,15 @@ class PartFile:
         self.source, self.size_bytes = source, 0
 
     def write(self, data: bytes) -> None:
+        """Add ``data``; each 64 MB go to the disk while more comes, a fifth of the time of 1 GB."""
         rest = memoryview(data)
         with disk_errors("write the video"):
             while rest:  # a nearly full disk takes a part of it and says nothing
                 rest = rest[self.file.write(rest) or 0 :]
         self.size_bytes += len(data)
+        if self.size_bytes % SYNC_BYTES < len(data):
+            with contextlib.suppress(RuntimeError):  # the system gives no more threads
+                threading.Thread(target=sync, args=(self.path,), daemon=True).start()
 
     def release(self, keep: bool = True) -> None:
         """Let others have it; nothing is kept but what can be resumed."""
@@ -1010,8 +1021,7 @@ class Pace:
 class Workplace:
     """What all downloads of a run share: the directory, and how to ask servers, until ``stop``.
 
-    The live line looks at ``downloads``, all those begun. ``syncing`` are threads that wait for
-    the disk while a worker computes: a fifth of the time of 1 GB.
+    The live line looks at ``downloads``, all those begun.
     """
 
     shelf: Shelf
@@ -1022,7 +1032,6 @@ class Workplace:
     stop: threading.Event = field(default_factory=threading.Event)
     downloads: list[Download] = field(default_factory=list)
     turn: threading.Lock = field(default_factory=threading.Lock)
-    syncing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(MAX_WORKERS))
     _paces: dict[str, Pace] = field(default_factory=dict)
 
     def get(self, link: str, headers: Mapping[str, str], redirects: int) -> requests.Response:
@@ -1391,11 +1400,8 @@ class Download:
     def _publish(self) -> Outcome:
         """Give the whole video its name, or another if that is taken by now."""
         with disk_errors("write the video"):
-            sync: Callable[[], None] = functools.partial(os.fsync, self.part.file.fileno())
-            with contextlib.suppress(RuntimeError):  # the system gives no more threads
-                sync = self._place.syncing.submit(sync).result
+            os.fsync(self.part.file.fileno())
             info = file_info(self.part.file)
-            sync()
         for _ in range(NAME_TRIES):
             self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
             if self._plan.action is Action.KEEP:
@@ -1739,8 +1745,7 @@ class VideoDownloader:
 
         With ``RUNWAYML_API_SECRET`` set also those without, as Runway can be asked for one.
         """
-        tasks, _, _ = read_rows(as_object(results))
-        return [task.row for task in tasks if task.link or api_secret()]
+        return [task.row for task in read_rows(as_object(results))[0] if task.link or api_secret()]
 
     def generate_filename_stub(self, task: Object) -> str:
         """The name that row ``task`` asks for, made safe, without suffix."""
@@ -1846,12 +1851,8 @@ class VideoDownloader:
                 if isinstance(result, Outcome):
                     with contextlib.suppress(Exception):  # of a callback: one is on its way
                         self._record(result)
-            place.syncing.shutdown(wait=False)
             self._console.show_progress([])
-            with contextlib.suppress(OSError):  # have the names reach the disk as well
-                descriptor = os.open(self._directory, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+            sync(self._directory)  # the names
 
     def _record(self, outcome: Outcome, is_shown: bool = True) -> None:
         """Print and count ``outcome``, and tell the caller."""
@@ -2091,7 +2092,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None) -> Options:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; what cannot be is refused with what could (exit 2)."""
     parser = build_parser()
     options, unknown = parser.parse_known_intermixed_args(argv)
@@ -2106,7 +2107,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Options:
     return options
 
 
-def choose_results_files(options: Options, console: Console) -> list[Path]:
+def choose_results_files(options: argparse.Namespace, console: Console) -> list[Path]:
     """The results files the command line asks for; raises `JobError` when there are none."""
     if options.files:
         return sorted(options.files, key=results_time, reverse=True)
@@ -2122,7 +2123,9 @@ def choose_results_files(options: Options, console: Console) -> list[Path]:
     return files[:1]
 
 
-def do(options: Options, console: Console, outcomes: list[Outcome], stats: dict[str, int]) -> str:
+def do(
+    options: argparse.Namespace, console: Console, outcomes: list[Outcome], stats: dict[str, int]
+) -> str:
     """Do what the command line says; what was wrong with its input.
 
     Adds to ``outcomes`` and ``stats``. Raises `JobError` and KeyboardInterrupt.
