@@ -470,19 +470,19 @@ def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
     return Content.WHOLE
 
 
-def hash_file(file: BinaryIO) -> str:
-    """The SHA-256 of all of ``file``, in hexadecimal, read in constant memory."""
+def hash_file(file: BinaryIO) -> hashlib._Hash:
+    """The SHA-256 of all of ``file``, read in constant memory."""
     sha256 = hashlib.sha256()
     file.seek(0)
     while block := file.read(READ_BYTES):
         sha256.update(block)
-    return sha256.hexdigest()
+    return sha256
 
 
-def file_info(file: BinaryIO) -> dict[str, Any]:
-    """What the metadata says of the video's ``file``."""
-    size, sha256 = os.fstat(file.fileno()).st_size, hash_file(file)
-    return {"size_bytes": size, "size_mb": round(size / BYTES_PER_MB, 2), "sha256": sha256}
+def file_info(file: BinaryIO, sha256: hashlib._Hash | None = None) -> dict[str, Any]:
+    """What the metadata says of the video's ``file``, whose hash may be known already."""
+    size, digits = os.fstat(file.fileno()).st_size, (sha256 or hash_file(file)).hexdigest()
+    return {"size_bytes": size, "size_mb": round(size / BYTES_PER_MB, 2), "sha256": digits}
 
 
 # --- Metadata: <stub>.json --------------------------------------------------------------------
@@ -635,15 +635,15 @@ class Plan:
 class Shelf:
     """The output directory as one scan saw it, and a look at single names as they are now.
 
-    ``homes`` are the stubs of metadata by the key of the task that they name, ``spellings``
-    the names by what they fold to. ``promised`` are the folded stubs of videos that are on their
-    way, with the key of their task.
+    ``spellings`` are the names by what they fold to, ``homes`` the stubs of metadata by the key of
+    the task that they name. ``promised`` are the folded stubs of videos that are on their way, with
+    the key of their task.
     """
 
     directory: Path
     names: Sequence[str] = ()
-    homes: Mapping[str, str] = field(default_factory=dict)
     spellings: Mapping[str, str] = field(default_factory=dict)
+    homes: dict[str, str] = field(default_factory=dict)
     promised: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -655,12 +655,12 @@ class Shelf:
             return cls(directory)
         except OSError as error:
             raise directory_error(directory, error) from None
-        homes, spellings = dict[str, str](), {fold(name): name for name in names}
-        shelf = cls(directory, names, homes, spellings)
+        shelf = cls(directory, names, {fold(name): name for name in names})
         for stub, metadata in shelf.described():
             key = owner_key(metadata)
-            if key and (key not in homes or not file_bytes(directory / f"{homes[key]}.mp4")):
-                homes[key] = stub
+            home = shelf.homes.get(key)
+            if key and not (home and file_bytes(directory / f"{home}.mp4")):
+                shelf.homes[key] = stub
         return shelf
 
     def described(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -774,12 +774,12 @@ class PartFile:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path, self._beside = path, path.with_suffix(".json")
         self.file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - `release` closes it
-        self.size_bytes = os.fstat(descriptor).st_size
+        self.size_bytes, self.sha256 = os.fstat(descriptor).st_size, hash_file(self.file)
         self.source: Source | None = None
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
             total, validator = json.loads(self._beside.read_bytes())
             self.source = int(total) or -1, str(validator)
-        if not 0 < self.share <= 1:
+        if self.size_bytes and not 0 < self.share <= 1:
             self.restart()
 
     @classmethod
@@ -825,7 +825,7 @@ class PartFile:
             if source:
                 with open(self._beside, "xb", buffering=0) as beside:
                     beside.write(json.dumps(source).encode())
-        self.source, self.size_bytes = source, 0
+        self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
         """Add ``data``; each 64 MB go to the disk while more comes, a fifth of the time of 1 GB."""
@@ -834,6 +834,7 @@ class PartFile:
             while rest:  # a nearly full disk takes a part of it and says nothing
                 rest = rest[self.file.write(rest) or 0 :]
         self.size_bytes += len(data)
+        self.sha256.update(data)
         if self.size_bytes % SYNC_BYTES < len(data):
             with contextlib.suppress(RuntimeError):  # the system gives no more threads
                 threading.Thread(target=sync, args=(self.path,), daemon=True).start()
@@ -1296,7 +1297,7 @@ class Download:
 
     def _attempt(self) -> Outcome:
         """A look at the directory, a request if need be for what is missing, and publishing."""
-        self._plan = plan_task(self._task, self._place.shelf)
+        self._plan = plan_task(self._task, self._place.shelf, in_hand=self.part.share == 1)
         if self._plan.action is Action.KEEP:
             return self._outcome(Status.EXISTS, self._plan.size_bytes)
         if self._plan.action is Action.ADOPT:
@@ -1401,16 +1402,16 @@ class Download:
         """Give the whole video its name, or another if that is taken by now."""
         with disk_errors("write the video"):
             os.fsync(self.part.file.fileno())
-            info = file_info(self.part.file)
+            info = file_info(self.part.file, self.part.sha256)
         for _ in range(NAME_TRIES):
-            self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
-            if self._plan.action is Action.KEEP:
-                return self._outcome(Status.EXISTS, self._plan.size_bytes)
             if not self.part.is_intact():
                 break
             with contextlib.suppress(FileExistsError), disk_errors("put the video in place"):
                 self._put_in_place(info)
                 return self._outcome(Status.DOWNLOADED, info["size_bytes"])
+            self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
+            if self._plan.action is Action.KEEP:
+                return self._outcome(Status.EXISTS, self._plan.size_bytes)
         raise TransientError(CHANGED_MEANWHILE)
 
     def _put_in_place(self, info: Object) -> None:
@@ -1420,9 +1421,11 @@ class Download:
         FileExistsError if somebody has taken the name.
         """
         path, metadata = self._plan.path, self._plan.path.with_suffix(".json")
+        if (size := file_bytes(path)) not in (None, self._plan.size_bytes):
+            raise FileExistsError
         is_new = put_metadata(metadata, self._task, path.name, info, bool(self._place.command))
-        try:  # what is there is replaced if it is empty, or as broken as it was a moment ago
-            publish(self.part.path, path, replaces=file_bytes(path) == self._plan.size_bytes)
+        try:  # what is there is replaced: it is empty, or as broken as it was a moment ago
+            publish(self.part.path, path, replaces=size is not None)
             if not self.part.is_intact(path):  # somebody changed what the hidden name stands for
                 remove(path)
                 raise FileExistsError
@@ -1913,11 +1916,10 @@ def verify(directory: Path, console: Console) -> list[Outcome]:
     """Check every video that has metadata, and name those that have none; no request."""
     if not os.path.lexists(directory):
         raise JobError(f"the output directory {printable(directory.absolute())} is not there")
-    shelf, outcomes = Shelf.scan(directory), list[Outcome]()
-    bare = {name for name in shelf.names if name.endswith(".mp4") and name[0] != "."}
-    for stub, metadata in shelf.described():
-        bare.discard(f"{stub}.mp4")
-        outcomes.append(check_video(directory / f"{stub}.mp4", metadata))
+    shelf = Shelf.scan(directory)
+    outcomes = [check_video(directory / f"{stub}.mp4", info) for stub, info in shelf.described()]
+    names = {name for name in shelf.names if name.endswith(".mp4") and name[0] != "."}
+    bare = names - {outcome.path.name for outcome in outcomes}
     if bare:
         console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(bare))}")
         console.say(*(f"    {printable(name)}" for name in shortened(sorted(bare), NAMES_SHOWN)))
@@ -1942,7 +1944,7 @@ def check_video(path: Path, metadata: Object) -> Outcome:
             if not size or "sha256" not in info:
                 if (content := inspect(file, size)) is not Content.WHOLE:
                     raise TaskError(f"it is {content.value}", hint)
-            elif hash_file(file) != info["sha256"]:
+            elif hash_file(file).hexdigest() != info["sha256"]:
                 raise TaskError("another SHA-256 than when it was downloaded", hint)
     except TaskError as error:
         fault = error
@@ -2012,10 +2014,9 @@ def write_gallery(directory: Path, console: Console) -> None:
     Leaves a page alone that is not this script's, and says so; raises `DownloaderError`.
     """
     page, mark = directory / GALLERY_NAME, b'content="download_succeeded_videos"'
-    pairs = list(Shelf.scan(directory).described())
+    pairs = [(directory / f"{stub}.mp4", info) for stub, info in Shelf.scan(directory).described()]
     pairs.sort(key=lambda pair: text_of(pair[1], "download_timestamp"), reverse=True)
-    paths = [(directory / f"{stub}.mp4", metadata) for stub, metadata in pairs]
-    cards = [gallery_card(*each) for each in paths if file_bytes(each[0])]
+    cards = [gallery_card(*pair) for pair in pairs if file_bytes(pair[0])]
     text = GALLERY_PAGE.substitute(cards="".join(cards), n=len(cards), js=GALLERY_JS)
     with disk_errors(f"write the gallery {printable(page)}"):
         is_own = os.path.isfile(page) and mark in page.read_bytes()[:READ_BYTES]
@@ -2180,8 +2181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.complain(*(["", f"❌ {error}"] if error else []))
     if options.json:
         videos = [outcome.as_json() for outcome in outcomes]
-        report: dict[str, Any] = {"stats": stats, "videos": videos}
-        report |= {"exit_code": exit_code, "error": error or None}
+        report = {"stats": stats, "videos": videos, "exit_code": exit_code, "error": error or None}
         try:
             print(json.dumps(report, indent=2), flush=True)
         except OSError as unwritten:
