@@ -1147,8 +1147,7 @@ def test_create_metadata_json_answers_false_when_it_cannot(
 ) -> None:
     (tmp_path / "a.mp4").write_bytes(WHOLE)
     downloader = make_downloader(tmp_path)
-    done = downloader.create_metadata_json(task, tmp_path / video, tmp_path / metadata)
-    assert done is False
+    assert downloader.create_metadata_json(task, tmp_path / video, tmp_path / metadata) is False
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert names_in(tmp_path) == {"a.mp4"}
 
@@ -1731,17 +1730,18 @@ def sabotage(directory: Path, condition: str, act: str, *places: str) -> dict[st
     return {"PYTHONPATH": os.pathsep.join(filter(None, (str(directory), inherited)))}
 
 
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 STEPS = ("os.fsync", "os.link", "os.rename", "os.replace", "os.unlink")
 
 
 def test_a_kill_before_any_step_of_a_download_costs_nothing(cdn: Cdn, tmp_path: Path) -> None:
-    kill, steps = "os.kill(os.getpid(), signal.SIGKILL)", range(2, 10)
+    steps = range(2, 10)
     rows = dict(zip(range(10), serve(cdn, 10), strict=True))
 
     def run_until(step: int) -> int:
         directory = tmp_path / str(step)
         directory.mkdir()
-        env = sabotage(directory / "s", f"count == {step}", kill, *STEPS)
+        env = sabotage(directory / "s", f"count == {step}", KILL, *STEPS)
         return download(directory, [rows[step]], run=run_process, env=env).returncode
 
     with ThreadPoolExecutor(2) as threads:
@@ -1810,8 +1810,7 @@ def statistic(result: subprocess.CompletedProcess[str], name: str) -> int:
 def assert_home(output_dir: Path, count: int, size: int = VIDEO_BYTES) -> None:
     """The videos of `serve` are there, and nothing else is."""
     for number in range(count):
-        body = make_mp4(number, size)
-        assert_whole(output_dir, f"picture_{number}", make_task_id(number), body)
+        assert_whole(output_dir, f"picture_{number}", make_task_id(number), make_mp4(number, size))
     assert len(names_in(output_dir)) == 2 * count
 
 
@@ -1940,15 +1939,23 @@ def test_what_others_did_leaves_nothing_hidden_behind(meddled_run: TableRun) -> 
     assert (meddled_run.exit_code, hidden_in(meddled_run.output_dir)) == (0, set())
 
 
-@pytest.mark.parametrize("is_final", [True, False], ids=["final", "hidden"])
-def test_a_name_taken_at_the_last_moment(cdn: Cdn, tmp_path: Path, is_final: bool) -> None:
-    task_id, put = make_task_id(0), f"open(arguments[{is_final:d}], 'wb').write({WHOLE!r})"
-    env = sabotage(tmp_path / "s", "count == 2", put, "os.link")
-    assert download(tmp_path, serve(cdn, 1), run=run_process, env=env).returncode == 0
+LAST_MOMENT = {  # which link is about to be made, the name that is taken, what follows
+    "final": ("count == 2", "arguments[1]", "pass", "--retries=0"),
+    "hidden": ("count == 2", "arguments[0]", "pass", "--retries=1"),
+    "before-a-kill": ("count == 1", "arguments[1].with_suffix('.mp4')", KILL, "--retries=0"),
+}
+
+
+@pytest.mark.parametrize("name", LAST_MOMENT)
+def test_a_name_taken_at_the_last_moment(cdn: Cdn, tmp_path: Path, name: str) -> None:
+    condition, taken, then, option = LAST_MOMENT[name]
+    env = sabotage(tmp_path / "s", condition, f"{taken}.write_bytes({WHOLE!r}); {then}", "os.link")
+    task_id, rows, is_final = make_task_id(0), serve(cdn, 1), name != "hidden"
+    runs = [download(tmp_path, rows, option, run=run_process, env=each) for each in (env, {})]
+    assert [run.returncode for run in runs] == [-signal.SIGKILL if then == KILL else 0, 0]
     output_dir = tmp_path / "video_outputs"
     assert ((output_dir / "picture_0.mp4").read_bytes() == WHOLE) == is_final
-    stub = "picture_0" + is_final * f"_{task_id[:8]}"
-    assert_whole(output_dir, stub, task_id, make_mp4(0))
+    assert_whole(output_dir, "picture_0" + is_final * f"_{task_id[:8]}", task_id, make_mp4(0))
     assert len(names_in(output_dir)) == 2 + is_final
 
 
