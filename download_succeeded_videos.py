@@ -66,12 +66,12 @@ import random
 import re
 import shlex
 import shutil
-import string
 import subprocess
 import tempfile
 import threading
 import time
 import unicodedata
+from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -96,8 +96,6 @@ if sys.platform != "win32":
     import fcntl
     import termios
 
-__version__ = "2.0.0"
-
 Object = Mapping[str, Any]  # of JSON
 
 DEFAULT_OUTPUT_DIR = "video_outputs"
@@ -118,7 +116,6 @@ TICK_S = 0.25
 STOP_GRACE_S = 1.0
 SILENCE_S = 30.0
 
-LINK_SHOWN_CHARS = 50
 EXISTING_SHOWN = 3
 LISTED = 10
 NAMES_SHOWN = 20
@@ -166,14 +163,14 @@ class TaskError(DownloaderError):
 
 
 class TransientError(TaskError):
-    """The same request may succeed later, after ``retry_after_s`` if the server said so.
+    """The same request may succeed later, after ``wait_s`` seconds if the server said so.
 
-    It ``costs_a_try`` unless the server is overloaded and still serves others.
+    ``served`` is when an overloaded server last served another, on the monotonic clock.
     """
 
-    def __init__(self, reason: str, retry_after_s: float | None = None, costs: bool = True) -> None:
+    def __init__(self, reason: str, wait_s: float | None = None, served: float = -math.inf) -> None:
         super().__init__(reason, "run again to try once more")
-        self.retry_after_s, self.costs_a_try = retry_after_s, costs
+        self.wait_s, self.served = wait_s, served
 
 
 class LinkDead(TaskError):
@@ -200,9 +197,14 @@ def disk_errors(action: str) -> Iterator[None]:
 # --- Text for people: nothing of a link's query, no control characters ------------------------
 
 
+def bare(text: object) -> str:
+    """``text`` with no user, query and fragment in its links."""
+    return re.sub(r"(?i)(https?:/+)(?:[^\s/?#]*@)?([^\s?#]*)\S*", r"\1\2", str(text))
+
+
 def printable(text: object) -> str:
     """``text`` with all links bare, and ``?`` for what a terminal might obey instead of show."""
-    text = re.sub(r"(?i)(https?:/+)(?:[^\s/?#]*@)?([^\s?#]*)\S*", r"\1\2", str(text))
+    text = bare(text)
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -658,8 +660,7 @@ class Shelf:
         shelf = cls(directory, names, {fold(name): name for name in names})
         for stub, metadata in shelf.described():
             key = owner_key(metadata)
-            home = shelf.homes.get(key)
-            if key and not (home and file_bytes(directory / f"{home}.mp4")):
+            if key and not file_bytes(directory / f"{shelf.homes.get(key, '')}.mp4"):
                 shelf.homes[key] = stub
         return shelf
 
@@ -806,10 +807,10 @@ class PartFile:
         try_lock(descriptor)
         return cls(own, descriptor)
 
-    def is_intact(self, path: Path | None = None) -> bool:
-        """Whether ``path``, else its own name, is of the file written, with what was written."""
+    def is_intact(self) -> bool:
+        """Whether its name is of the file written, with what was written."""
         size_bytes = os.fstat(self.file.fileno()).st_size
-        return size_bytes == self.size_bytes and is_same_file(self.file.fileno(), path or self.path)
+        return size_bytes == self.size_bytes and is_same_file(self.file.fileno(), self.path)
 
     @property
     def share(self) -> float:
@@ -819,8 +820,7 @@ class PartFile:
     def restart(self, source: Source | None = None) -> None:
         """Forget all bytes; those to come are of ``source``, or cannot be resumed."""
         with disk_errors("write the part file"):
-            if self.size_bytes:
-                self.file.truncate(0)
+            self.file.truncate(0)
             remove(self._beside)
             if source:
                 with open(self._beside, "xb", buffering=0) as beside:
@@ -843,12 +843,13 @@ class PartFile:
         """Let others have it; nothing is kept but what can be resumed."""
         if self.file.closed:
             return
-        is_ours = is_same_file(self.file.fileno(), self.path) or not os.path.lexists(self.path)
-        is_of_use = keep and self.is_intact() and self.share > 0
-        if os.name == "nt":  # where no open file can be removed
-            self.file.close()
-        if is_ours and not is_of_use:
-            remove_part(self.path)
+        is_ours = is_same_file(self.file.fileno(), self.path)
+        if not (keep and self.is_intact() and self.share > 0):
+            if os.name == "nt":  # where no open file can be removed
+                self.file.close()
+            remove(self._beside)
+            if is_ours:
+                remove_part(self.path)
         self.file.close()
 
 
@@ -985,10 +986,9 @@ class Pace:
     good answer shortens the interval a little. No lock: a race costs a request too many.
     """
 
-    def __init__(self, proxies: dict[str, str]) -> None:
-        self.proxies = proxies
-        self._interval_s = self._held_s = 0.0
-        self._next = self._served_at = self._slowed_at = -math.inf
+    def __init__(self) -> None:
+        self._interval_s = 0.0
+        self._next = self.served_at = self._slowed_at = -math.inf
 
     def take_turn(self, now: float, jitter: float) -> float:
         """0 when it is this request's turn, else seconds until it is worth asking again."""
@@ -998,24 +998,21 @@ class Pace:
         return 0.0
 
     def served(self, now: float) -> None:
-        self._served_at, self._held_s = now, 0.0
+        self.served_at = now
         self._interval_s = 0.93 * self._interval_s if self._interval_s > 0.01 else 0.0
 
-    def overloaded(self, now: float, asked: float, hold_s: float, is_sending: bool) -> bool:
-        """Slow down, once for all that ``asked`` before that; whether others are still served.
+    def overloaded(self, now: float, asked: float, hold_s: float, is_sending: bool) -> None:
+        """Slow down, once for all that ``asked`` before that, where that helps: others are served.
 
-        They are while it ``is_sending`` a body. The time that it told us to hold back since the
-        last good answer does not count against it.
+        They are while it ``is_sending`` a body.
         """
         self._next = max(self._next, now + hold_s)
-        if not is_sending and now - self._served_at - self._held_s > STILL_SERVING_S:
+        self.served_at = now if is_sending else self.served_at
+        if now - self.served_at > STILL_SERVING_S:
             self._interval_s = 0.0
-            return False
-        if asked >= self._slowed_at:
+        elif asked >= self._slowed_at:
             self._interval_s = min(0.5, max(0.05, 2 * self._interval_s))
             self._slowed_at = now
-            self._held_s += hold_s
-        return True
 
 
 @dataclass(frozen=True)
@@ -1042,32 +1039,30 @@ class Workplace:
         `TransientError` for 429 and 503, and what `explain` makes of other faults.
         """
         try:
-            host = urlsplit(link).netloc
-            if host not in self._paces:
-                self._paces.setdefault(host, Pace(get_environ_proxies(link, no_proxy=None)))
-            pace = self._paces[host]
+            pace = self._paces.setdefault(urlsplit(link).netloc, Pace())
+            proxies = get_environ_proxies(link, no_proxy=None)
             while (delay_s := pace.take_turn(time.monotonic(), random.random())) > 0:
                 self.wait(delay_s)
             asked = time.monotonic()
             request = requests.Request("GET", link, headers).prepare()
-            how: dict[str, Any] = {"timeout": self.timeout_s, "proxies": pace.proxies}
-            response = self.adapter.send(request, stream=True, **how)
-            target = response.headers["Location"] if redirects and response.is_redirect else ""
+            how: dict[str, Any] = {"timeout": self.timeout_s, "proxies": proxies}
+            answer = self.adapter.send(request, stream=True, **how)
+            target = answer.headers["Location"] if redirects and answer.is_redirect else ""
             moved_to = urljoin(link, target.encode("latin-1").decode())
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
-        if response.status_code not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
+        if (status := answer.status_code) not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
             pace.served(time.monotonic())
             if not target:
-                return response
-            response.close()
+                return answer
+            answer.close()
             return self.get(moved_to, headers, redirects - 1)
-        response.close()
-        wait_s = retry_after_s(response.headers)
+        answer.close()
+        wait_s = retry_after_s(answer.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
         is_sending = any(each.received and not each.waiting for each in self.active)
-        serves = pace.overloaded(time.monotonic(), asked, hold_s, is_sending)
-        raise TransientError(f"the server answered HTTP {response.status_code}", wait_s, not serves)
+        pace.overloaded(time.monotonic(), asked, hold_s, is_sending)
+        raise TransientError(f"the server answered HTTP {status}", wait_s, pace.served_at)
 
     @property
     def active(self) -> list[Download]:
@@ -1257,7 +1252,8 @@ class Download:
         self._hidden = hidden_path(plan.path.parent, plan.task.key)
         self._dead = LinkDead(NO_LINK, "")
         self._tries, self._failures, self._most_bytes, self._notes = 1, 0, 0, Counter[str]()
-        self._length_matched, self._has_resumed, self._warning = True, False, ""
+        self._length_matched, self._failed_at, self._warning = True, -math.inf, ""
+        self._ranges_work: bool | None = None
 
     def run(self) -> Outcome:
         """Do what is to be done; raises `JobError`, `InOtherHands` and `Cancelled`."""
@@ -1297,11 +1293,8 @@ class Download:
 
     def _attempt(self) -> Outcome:
         """A look at the directory, a request if need be for what is missing, and publishing."""
-        self._plan = plan_task(self._task, self._place.shelf, in_hand=self.part.share == 1)
-        if self._plan.action is Action.KEEP:
-            return self._outcome(Status.EXISTS, self._plan.size_bytes)
-        if self._plan.action is Action.ADOPT:
-            return self._adopt()
+        if there := self._look(in_hand=self.part.share == 1):
+            return there
         if self.part.share < 1:
             if not self._link:
                 self._link, self._is_fresh = self._fresh_link(), True
@@ -1317,6 +1310,13 @@ class Download:
             raise TaskError(f"what the server sent is {content.value}", "see the task in Runway")
         self._warning = "" if content is Content.WHOLE else f"it is {content.value}"
         return self._publish()
+
+    def _look(self, in_hand: bool) -> Outcome | None:
+        """Plan by the directory as it is now; the outcome if the video is there already."""
+        self._plan = plan_task(self._task, self._place.shelf, in_hand)
+        if self._plan.action is Action.KEEP:
+            return self._outcome(Status.EXISTS, self._plan.size_bytes)
+        return self._adopt() if self._plan.action is Action.ADOPT else None
 
     def _fresh_link(self) -> str:
         """A link from Runway; else raise `LinkDead`, saying what would help."""
@@ -1340,9 +1340,8 @@ class Download:
     def _transfer(self) -> Outcome | None:
         """Ask and receive, unless the answer shows that the file there is this task's own."""
         part, headers = self.part, {"Accept-Encoding": "identity"}
-        # after tries in vain the last one asks for all, as ranges may be what fails here
-        few = self._failures < max(1 + bool(self._most_bytes), self._place.retries)
-        if part.source and part.size_bytes and (few or self._has_resumed):
+        if part.source and part.size_bytes and self._failures <= self._place.retries:
+            self._ranges_work = self._ranges_work or False
             headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
         with self._place.get(self._link, headers, redirects=30) as response:
             self.waiting = ""
@@ -1360,7 +1359,7 @@ class Download:
                         return self._adopt()
                 self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
             if continues:
-                self._has_resumed = True
+                self._ranges_work = True
                 self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
             else:
                 part.restart(source)
@@ -1379,24 +1378,31 @@ class Download:
         if part.share > 1:
             part.restart()
             raise TransientError("the server sent more than it announced")
-        if (announced or 0) > response.raw.tell() or (part.source and part.share < 1):
+        is_short = part.share < 1 if part.source else not (self._length_matched or part.size_bytes)
+        if (announced or 0) > response.raw.tell() or is_short:
             raise TransientError("the connection was cut")
 
     def _back_off(self, error: TransientError) -> None:
-        """Wait until it is time for another try; raise a final error when none is left."""
+        """Wait until it is time for another try; raise a final error when none is left.
+
+        None is used up if the server has served others lately, or since this video's last try.
+        """
         if not self.part.source:
             self.part.restart()
-        if (error.retry_after_s or 0) > RETRY_AFTER_CAP_S:
-            reason = f"{error.reason} and asks to wait {error.retry_after_s:.0f} s"
+        if (error.wait_s or 0) > RETRY_AFTER_CAP_S:
+            reason = f"{error.reason} and asks to wait {error.wait_s:.0f} s"
             raise TaskError(reason, "run again after that time") from None
-        if error.costs_a_try and self._failures >= self._place.retries:
+        costs = error.served <= min(self._failed_at, time.monotonic() - STILL_SERVING_S)
+        self._failed_at = time.monotonic()
+        # a last one asks for all, if ranges may be what fails here
+        if costs and self._failures >= self._place.retries + (self._ranges_work is False):
             raise TaskError(error.reason, error.hint) from None
         self.waiting = error.reason
         self._notes[f"  🔁 Tried again: {error.reason}"] += 1
-        failures = self._failures + 1 if error.costs_a_try else min(self._tries, 4)
-        self._failures += error.costs_a_try
+        failures = self._failures + 1 if costs else min(self._tries, 4)
+        self._failures += costs
         self._tries += 1
-        self._place.wait(backoff_s(failures, error.retry_after_s, random.random()))
+        self._place.wait(backoff_s(failures, error.wait_s, random.random()))
 
     def _publish(self) -> Outcome:
         """Give the whole video its name, or another if that is taken by now."""
@@ -1409,9 +1415,10 @@ class Download:
             with contextlib.suppress(FileExistsError), disk_errors("put the video in place"):
                 self._put_in_place(info)
                 return self._outcome(Status.DOWNLOADED, info["size_bytes"])
-            self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
-            if self._plan.action is Action.KEEP:
-                return self._outcome(Status.EXISTS, self._plan.size_bytes)
+            if there := self._look(in_hand=True):
+                return there
+            if file_bytes(self._plan.path) == self._plan.size_bytes:
+                remove(self._plan.path)  # what is no video, before metadata says that there is one
         raise TransientError(CHANGED_MEANWHILE)
 
     def _put_in_place(self, info: Object) -> None:
@@ -1421,13 +1428,14 @@ class Download:
         FileExistsError if somebody has taken the name.
         """
         path, metadata = self._plan.path, self._plan.path.with_suffix(".json")
-        if (size := file_bytes(path)) not in (None, self._plan.size_bytes):
+        if os.path.lexists(path):
             raise FileExistsError
         is_new = put_metadata(metadata, self._task, path.name, info, bool(self._place.command))
-        try:  # what is there is replaced: it is empty, or as broken as it was a moment ago
-            publish(self.part.path, path, replaces=size is not None)
-            if not self.part.is_intact(path):  # somebody changed what the hidden name stands for
-                remove(path)
+        try:
+            publish(self.part.path, path, replaces=False)
+            own = self.part.file.fileno()
+            if not (is_same_file(own, self.part.path) or is_same_file(own, path)):
+                remove(path)  # somebody changed what the hidden name stands for
                 raise FileExistsError
         except OSError:
             if is_new and file_bytes(path) != info["size_bytes"]:  # else it describes that one
@@ -1517,7 +1525,7 @@ def outcome_lines(outcome: Outcome, number: str) -> list[str]:
     """The block of lines about one task; ``number`` is ``k/N``."""
     name, size = printable(outcome.path.name), megabytes(outcome.size_bytes or 0)
     fault, link = outcome.fault, printable(outcome.task.link)
-    link = link if len(link) <= LINK_SHOWN_CHARS else f"{link[:LINK_SHOWN_CHARS]}..."
+    link = link if len(link) <= 50 else f"{link[:50]}..."
     lines = ["", f"  {number} Task {shown_id(outcome.task.task_id)}"]
     if outcome.status is Status.DOWNLOADED:
         lines += [f"  🎬 Downloading: {name}"]
@@ -1585,7 +1593,7 @@ def progress_parts(total: int, done: int, place: Workplace, for_s: float) -> lis
     parts = [f"⏬ {done:,}/{total:,}", *waiting[-1:], f"{received:.1f} MB"]
     in_hand = sum(each.part.share for each in active)  # in videos, as what follows
     had, to_do = len(place.downloads) - len(active) + in_hand, max(0.0, total - done - in_hand)
-    if received and had > 0:
+    if received and had > 0 and len(waiting) < len(active):
         left = timedelta(seconds=round(min(for_s * to_do / had, 359_999)))
         parts += [f"{received / for_s:.1f} MB/s", f"{left} left"]
     return parts
@@ -1617,7 +1625,7 @@ class Console:
     def show_progress(self, parts: Sequence[str]) -> None:
         """Draw the live line, none of no ``parts``; off a terminal break a long silence."""
         columns = 0
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, LookupError):
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         if columns and not self._quiet:
             live = "  ".join(parts)[: columns - 3]  # emoji, two at most, are two columns wide
@@ -1626,7 +1634,7 @@ class Console:
             self.say("  ".join(parts))
 
     def _put(self, stream: Any, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, LookupError):
             encoding = getattr(stream, "encoding", None) or "utf-8"
             stream.write(text.encode(encoding, "replace").decode(encoding))
             stream.flush()
@@ -1852,8 +1860,7 @@ class VideoDownloader:
             crew.todo.put(None)
             for result in crew.results(time.monotonic() + STOP_GRACE_S):
                 if isinstance(result, Outcome):
-                    with contextlib.suppress(Exception):  # of a callback: one is on its way
-                        self._record(result)
+                    self._record(result)
             self._console.show_progress([])
             sync(self._directory)  # the names
 
@@ -1864,8 +1871,11 @@ class VideoDownloader:
         if is_shown:
             number = f"{len(self.outcomes) - self._before}/{self._total}"
             self._console.say(*outcome_lines(outcome, number))
-        if self.on_outcome:
-            self.on_outcome(outcome)
+        try:
+            if self.on_outcome:
+                self.on_outcome(outcome)
+        except Exception as error:  # is no reason to lose a video
+            self._console.complain(f"⚠️ on_outcome: {type(error).__name__}: {printable(error)}")
 
 
 def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], list[str]]:
@@ -1955,19 +1965,7 @@ def check_video(path: Path, metadata: Object) -> Outcome:
 
 # A browser takes a second for 300 players, so each is made when its card comes near the view,
 # from what is for browsers without scripts.
-GALLERY_JS = r"""const cards = [...document.querySelectorAll("article")];
-const watcher = new IntersectionObserver(seen => seen.forEach(({target, isIntersecting}) => {
-  const raw = target.querySelector("noscript");
-  if (isIntersecting && raw) raw.outerHTML = raw.textContent.replace("none", "metadata");
-}), {rootMargin: "50%"});
-cards.forEach(card => watcher.observe(card));
-search.oninput = () => {
-  const words = search.value.toLowerCase().split(/\s+/);
-  for (const card of cards) card.hidden = !words.every(word => card.dataset.text.includes(word));
-  count.value = `${cards.filter(card => !card.hidden).length} of ${cards.length} videos`;
-};"""
-
-GALLERY_PAGE = string.Template("""<!DOCTYPE html>
+GALLERY_PAGE = r"""<!DOCTYPE html>
 <html lang=en><meta charset=utf-8><title>Videos</title>
 <meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <meta name="generator" content="download_succeeded_videos"><link rel="icon" href="data:,">
@@ -1986,14 +1984,24 @@ p { white-space: pre-wrap; max-height: 6em; overflow: auto; } dt { opacity: .7; 
 dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; font-size: .85em; }
 </style><header><output id="count" aria-live="polite">$n of $n videos</output>
 <input id="search" type="search" aria-label="Search" placeholder="Search" autocomplete="off">
-</header><main>$cards</main><script>$js</script>""")
+</header><main>$cards</main><script>
+const cards = [...document.querySelectorAll("article")];
+const watcher = new IntersectionObserver(seen => seen.forEach(({target, isIntersecting}) => {
+  const raw = target.querySelector("noscript");
+  if (isIntersecting && raw) raw.outerHTML = raw.textContent.replace("none", "metadata");
+}), {rootMargin: "50%"});
+cards.forEach(card => watcher.observe(card));
+search.oninput = () => {
+  const words = search.value.toLowerCase().split(/\s+/);
+  for (const card of cards) card.hidden = !words.every(word => card.dataset.text.includes(word));
+  count.value = `${cards.filter(card => !card.hidden).length} of ${cards.length} videos`;
+};</script>"""
 
 
 def gallery_card(video: Path, metadata: Object) -> str:
     """The HTML of one video, whatever its ``metadata`` holds; never its link."""
     row = {**metadata, **as_object(metadata.get("runway_task_json"))}
-    lines = {key: str(row[key]).splitlines() for key in row if isinstance(row[key], str | int)}
-    texts = {key: html.escape("\n".join(map(printable, lines[key]))) for key in lines}
+    texts = {k: html.escape(bare(row[k])) for k in row if isinstance(row[k], str | int | float)}
     prompt, date = (texts.get(key, "") for key in ("prompt", "download_timestamp"))
     texts |= {"size": megabytes(file_bytes(video) or 0), "date": date[:16].replace("T", " ")}
     labels = {"theme": "Theme", "seed": "Seed", "size": "Size", "date": "Date", "task_id": "Task"}
@@ -2017,7 +2025,7 @@ def write_gallery(directory: Path, console: Console) -> None:
     pairs = [(directory / f"{stub}.mp4", info) for stub, info in Shelf.scan(directory).described()]
     pairs.sort(key=lambda pair: text_of(pair[1], "download_timestamp"), reverse=True)
     cards = [gallery_card(*pair) for pair in pairs if file_bytes(pair[0])]
-    text = GALLERY_PAGE.substitute(cards="".join(cards), n=len(cards), js=GALLERY_JS)
+    text = GALLERY_PAGE.replace("$n", str(len(cards))).replace("$cards", "".join(cards))
     with disk_errors(f"write the gallery {printable(page)}"):
         is_own = os.path.isfile(page) and mark in page.read_bytes()[:READ_BYTES]
         if os.path.lexists(page) and not is_own:
@@ -2055,9 +2063,9 @@ def command(text: str) -> tuple[str, ...]:
     words = shlex.split(text.replace("\\", "\\\\") if os.name == "nt" else text)
     if not words or not shutil.which(words[0]):
         raise argparse.ArgumentTypeError(f"{text!r}: there is no such command")
-    for word in re.findall(r"\{\s*[\w-]*(?:[.!:][^{}]*)?\s*\}", text):
-        if word not in ("{video}", "{metadata}"):
-            raise argparse.ArgumentTypeError(f"{word} is not {{video}} or {{metadata}}")
+    words_in_braces = re.findall(r"\{\s*[\w-]*(?:[.!:][^{}]*)?\s*\}", text)
+    if wrong := set(words_in_braces) - {"{video}", "{metadata}"}:
+        raise argparse.ArgumentTypeError(f"{min(wrong)} is not {{video}} or {{metadata}}")
     return tuple(words)
 
 
@@ -2087,13 +2095,13 @@ def build_parser() -> argparse.ArgumentParser:
     mode.add_argument("--verify", **on, help="only check the videos against their metadata")
     add("-q", "--quiet", **on, help="print what is wrong, and nothing else")
     add("--json", **on, help="one JSON object on stdout, all else on stderr")
-    add("--version", action="version", version=f"%(prog)s {__version__}")
+    add("--version", action="version", version="%(prog)s 2.1.0")
     parser.set_defaults(**{name: getattr(VideoDownloader, name) for name in SETTINGS})
     parser.set_defaults(output_dir=Path(DEFAULT_OUTPUT_DIR), shard=(1, 1), polling_results_file=[])
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     """The options; what cannot be is refused with what could (exit 2)."""
     parser = build_parser()
     options, unknown = parser.parse_known_intermixed_args(argv)
@@ -2108,7 +2116,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def choose_results_files(options: argparse.Namespace, console: Console) -> list[Path]:
+def choose_results_files(options: Namespace, console: Console) -> list[Path]:
     """The results files the command line asks for; raises `JobError` when there are none."""
     if options.files:
         return sorted(options.files, key=results_time, reverse=True)
@@ -2124,9 +2132,7 @@ def choose_results_files(options: argparse.Namespace, console: Console) -> list[
     return files[:1]
 
 
-def do(
-    options: argparse.Namespace, console: Console, outcomes: list[Outcome], stats: dict[str, int]
-) -> str:
+def do(options: Namespace, console: Console, outcomes: list[Outcome], stats: dict[str, int]) -> str:
     """Do what the command line says; what was wrong with its input.
 
     Adds to ``outcomes`` and ``stats``. Raises `JobError` and KeyboardInterrupt.
