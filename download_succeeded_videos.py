@@ -778,8 +778,9 @@ class PartFile:
         self.size_bytes, self.sha256 = os.fstat(descriptor).st_size, hash_file(self.file)
         self.source: Source | None = None
         with contextlib.suppress(OSError, ValueError, TypeError, OverflowError, RecursionError):
-            total, validator = json.loads(self._beside.read_bytes())
-            self.source = int(total) or -1, str(validator)
+            total, validator, inode = json.loads(self._beside.read_bytes())
+            if inode == os.fstat(descriptor).st_ino:  # else it is of a file that is gone
+                self.source = int(total) or -1, str(validator)
         if self.size_bytes and not 0 < self.share <= 1:
             self.restart()
 
@@ -807,10 +808,12 @@ class PartFile:
         try_lock(descriptor)
         return cls(own, descriptor)
 
+    def is_at(self, path: Path) -> bool:
+        return is_same_file(self.file.fileno(), path)
+
     def is_intact(self) -> bool:
         """Whether its name is of the file written, with what was written."""
-        size_bytes = os.fstat(self.file.fileno()).st_size
-        return size_bytes == self.size_bytes and is_same_file(self.file.fileno(), self.path)
+        return os.fstat(self.file.fileno()).st_size == self.size_bytes and self.is_at(self.path)
 
     @property
     def share(self) -> float:
@@ -824,7 +827,9 @@ class PartFile:
             remove(self._beside)
             if source:
                 with open(self._beside, "xb", buffering=0) as beside:
-                    beside.write(json.dumps(source).encode())
+                    beside.write(
+                        json.dumps([*source, os.fstat(self.file.fileno()).st_ino]).encode()
+                    )
         self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
@@ -843,11 +848,10 @@ class PartFile:
         """Let others have it; nothing is kept but what can be resumed."""
         if self.file.closed:
             return
-        is_ours = is_same_file(self.file.fileno(), self.path)
+        is_ours = self.is_at(self.path) or not os.path.lexists(self.path)
         if not (keep and self.is_intact() and self.share > 0):
             if os.name == "nt":  # where no open file can be removed
                 self.file.close()
-            remove(self._beside)
             if is_ours:
                 remove_part(self.path)
         self.file.close()
@@ -1378,8 +1382,8 @@ class Download:
         if part.share > 1:
             part.restart()
             raise TransientError("the server sent more than it announced")
-        is_short = part.share < 1 if part.source else not (self._length_matched or part.size_bytes)
-        if (announced or 0) > response.raw.tell() or is_short:
+        is_empty = not (self._length_matched or part.size_bytes)  # the head was cut
+        if is_empty or (announced or 0) > response.raw.tell() or (part.source and part.share < 1):
             raise TransientError("the connection was cut")
 
     def _back_off(self, error: TransientError) -> None:
@@ -1390,8 +1394,8 @@ class Download:
         if not self.part.source:
             self.part.restart()
         if (error.wait_s or 0) > RETRY_AFTER_CAP_S:
-            reason = f"{error.reason} and asks to wait {error.wait_s:.0f} s"
-            raise TaskError(reason, "run again after that time") from None
+            wait = f"{error.reason} and asks to wait {error.wait_s:.0f} s"
+            raise TaskError(wait, "run again after that time") from None
         costs = error.served <= min(self._failed_at, time.monotonic() - STILL_SERVING_S)
         self._failed_at = time.monotonic()
         # a last one asks for all, if ranges may be what fails here
@@ -1433,8 +1437,7 @@ class Download:
         is_new = put_metadata(metadata, self._task, path.name, info, bool(self._place.command))
         try:
             publish(self.part.path, path, replaces=False)
-            own = self.part.file.fileno()
-            if not (is_same_file(own, self.part.path) or is_same_file(own, path)):
+            if not (self.part.is_at(self.part.path) or self.part.is_at(path)):
                 remove(path)  # somebody changed what the hidden name stands for
                 raise FileExistsError
         except OSError:
@@ -1788,8 +1791,9 @@ class VideoDownloader:
 
     def print_final_stats(self) -> None:
         """Print the summary of everything done so far, the videos there, and what failed."""
-        self._console.say(*statistics_lines(self.stats))
-        self._console.say(*storage_lines(self._directory, self.outcomes))
+        self._console.say(
+            *statistics_lines(self.stats), *storage_lines(self._directory, self.outcomes)
+        )
         self._console.complain(*failure_lines(self.outcomes))
 
     # The run
