@@ -106,7 +106,6 @@ RETRY_AFTER_CAP_S = 60.0
 STILL_SERVING_S = 10.0
 STALL_BYTES_PER_SECOND = 1024
 READ_BYTES = 512 * 1024
-SYNC_BYTES = 64 * 1024 * 1024
 TLS_RECORD_BYTES = 16 * 1024 + 261  # RFC 8446, 5.2, with its head
 BYTES_PER_MB = 1024 * 1024
 NAME_MAX_BYTES = 255
@@ -826,10 +825,9 @@ class PartFile:
             self.file.truncate(0)
             remove(self._beside)
             if source:
+                note = json.dumps([*source, os.fstat(self.file.fileno()).st_ino])
                 with open(self._beside, "xb", buffering=0) as beside:
-                    beside.write(
-                        json.dumps([*source, os.fstat(self.file.fileno()).st_ino]).encode()
-                    )
+                    beside.write(note.encode())
         self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
@@ -840,7 +838,7 @@ class PartFile:
                 rest = rest[self.file.write(rest) or 0 :]
         self.size_bytes += len(data)
         self.sha256.update(data)
-        if self.size_bytes % SYNC_BYTES < len(data):
+        if self.size_bytes % (64 * BYTES_PER_MB) < len(data):
             with contextlib.suppress(RuntimeError):  # the system gives no more threads
                 threading.Thread(target=sync, args=(self.path,), daemon=True).start()
 
@@ -1371,9 +1369,12 @@ class Download:
         return None
 
     def _receive(self, response: requests.Response) -> None:
-        """Write the body to the part and count it against what the head announced."""
+        """Write the body to the part and count it against what the head announced.
+
+        Where it announced nothing, and nothing came, the head was cut.
+        """
         part, announced = self.part, response.raw.length_remaining
-        self._length_matched = announced is not None
+        self._length_matched, least = announced is not None, 1 if announced is None else announced
         for data in self._place.chunks(response):
             part.write(data)
             self.received += len(data)
@@ -1382,8 +1383,7 @@ class Download:
         if part.share > 1:
             part.restart()
             raise TransientError("the server sent more than it announced")
-        is_empty = not (self._length_matched or part.size_bytes)  # the head was cut
-        if is_empty or (announced or 0) > response.raw.tell() or (part.source and part.share < 1):
+        if least > response.raw.tell() or (part.source and part.share < 1):
             raise TransientError("the connection was cut")
 
     def _back_off(self, error: TransientError) -> None:
@@ -1791,9 +1791,8 @@ class VideoDownloader:
 
     def print_final_stats(self) -> None:
         """Print the summary of everything done so far, the videos there, and what failed."""
-        self._console.say(
-            *statistics_lines(self.stats), *storage_lines(self._directory, self.outcomes)
-        )
+        self._console.say(*statistics_lines(self.stats))
+        self._console.say(*storage_lines(self._directory, self.outcomes))
         self._console.complain(*failure_lines(self.outcomes))
 
     # The run

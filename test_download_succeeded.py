@@ -1504,9 +1504,8 @@ def test_a_cut_video_is_resumed_and_never_stitched(resume_run: TableRun, name: s
 
 
 def test_the_last_try_asks_for_all_since_ranges_may_be_what_fails(cdn: Cdn, tmp_path: Path) -> None:
-    write_results(
-        tmp_path, [make_row(video_url=cdn.add("0.mp4", OBJECT, CUT, *[refusal(500)] * 2, GOOD))]
-    )
+    link = cdn.add("0.mp4", OBJECT, CUT, *[refusal(500)] * 2, GOOD)
+    write_results(tmp_path, [make_row(video_url=link)])
     assert [run_script(tmp_path, "--retries", n).returncode for n in "01"] == [3, 0]
     assert [request.range_start for request in cdn.asked("0.mp4")] == [None, HALF, HALF, None]
 
@@ -1971,8 +1970,7 @@ def test_an_edit_right_after_publishing_stays(cdn: Cdn, tmp_path: Path) -> None:
 
 
 def test_a_replaced_part_is_not_resumed(cdn: Cdn, tmp_path: Path) -> None:
-    rows = serve(cdn, 1, Reply(pause_at=BIG // 2), Reply(), size=BIG)
-    write_results(tmp_path, rows)
+    write_results(tmp_path, rows := serve(cdn, 1, Reply(pause_at=BIG // 2), Reply(), size=BIG))
     process = start_script(tmp_path)
     wait_until(lambda: any(map(len, parts_in(tmp_path / "video_outputs").values())))
     (hidden,) = parts_in(tmp_path / "video_outputs")
