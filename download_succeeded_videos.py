@@ -459,10 +459,10 @@ def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
     offset = 0
     while offset < size_bytes:
         file.seek(offset)
-        head = file.read(16)
+        head = file.read(16).ljust(16, b"\xff")  # what is missing makes it longer than the file
         kind, length = head[4:8], int.from_bytes(head[:4], "big")
         if length == 1:
-            length = int.from_bytes(head[8:], "big") if len(head) == 16 else size_bytes
+            length = int.from_bytes(head[8:], "big")
         if length == 0 and kind in _BOXES:
             return Content.WHOLE
         if length < 8 or offset + length > size_bytes:

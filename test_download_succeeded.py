@@ -1387,7 +1387,7 @@ CONTENTS: dict[str, tuple[bytes, bool, str]] = {
     "webm": (WEBM, True, "no MP4"),
     "gif": (b"GIF89a\1\0\1\0\x80\0\0\xff\xff\xff", True, "no MP4"),
     "empty": (b"", False, "empty"),
-    "a-zero-byte": (b"\0", False, "zero bytes"),
+    "64-bit-head-cut": (b"\0\0\0\1mdat\0\0", False, "cut short"),
     "zeros": (bytes(200_000), False, "zero bytes"),
     "bytes-behind-zeros": (bytes(200_000) + b"\1", True, "no MP4"),
     "page-behind-a-mark": (b"\xef\xbb\xbf\r\n<!DOCTYPE html>", False, "text"),
