@@ -597,7 +597,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file or directory reach the disk. Errors stay for who syncs a file that he wrote."""
+    """Have a file or directory reach the disk; its own descriptor leaves errors to the writer's."""
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         descriptor = os.open(path, os.O_RDONLY)
         stack.callback(os.close, descriptor)
@@ -1932,10 +1932,10 @@ def verify(directory: Path, console: Console) -> list[Outcome]:
     shelf = Shelf.scan(directory)
     outcomes = [check_video(directory / f"{stub}.mp4", info) for stub, info in shelf.described()]
     names = {name for name in shelf.names if name.endswith(".mp4") and name[0] != "."}
-    bare = names - {outcome.path.name for outcome in outcomes}
-    if bare:
-        console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(bare))}")
-        console.say(*(f"    {printable(name)}" for name in shortened(sorted(bare), NAMES_SHOWN)))
+    alone = names - {outcome.path.name for outcome in outcomes}
+    if alone:
+        console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(alone))}")
+        console.say(*(f"    {printable(name)}" for name in shortened(sorted(alone), NAMES_SHOWN)))
     bad = count_outcomes(outcomes)["failed_downloads"]
     console.say("", f"🔎 Verified: {len(outcomes) - bad:,} whole, {bad:,} with a problem")
     console.complain(*failure_lines(outcomes))
