@@ -254,8 +254,7 @@ class _CdnHandler(BaseHTTPRequestHandler):
         if reply.ending == "hang":
             self.cdn.released.wait(60)
         if reply.ending == "reset":
-            linger = struct.pack("ii", 1, 0)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
 
 
@@ -411,8 +410,7 @@ def test_latest_goes_by_the_time_in_the_name_else_by_the_modification_time(tmp_p
     (tmp_path / "runway_polling_results_20250109_000000.json.bak").touch()
     paths = make_downloader(tmp_path / "out").find_all_polling_results(tmp_path)
     times = ["night_20250105_000000 (2)", "20250230_000000", "20250103_000000", "one"]
-    found = [path.stem.partition("results_")[2] for path in paths]
-    assert found == [*times, "20250101_000000"]
+    assert [path.stem.partition("results_")[2] for path in paths] == [*times, "20250101_000000"]
     assert dsv.find_results_files([tmp_path, "x" * 5000]) == paths
 
 
@@ -447,8 +445,7 @@ def test_broken_results_file_gets_one_line(
 def test_results_file_with_a_byte_order_mark_is_used(tmp_path: Path) -> None:
     path = write_results(tmp_path, [make_row(3)])
     path.write_bytes(b"\xef\xbb\xbf\r\n \t" + path.read_bytes())
-    results = make_downloader(tmp_path).load_polling_results(path)
-    assert results["task_results"] == [make_row(3)]
+    assert make_downloader(tmp_path).load_polling_results(path)["task_results"] == [make_row(3)]
 
 
 # --- Rows and tasks ----------------------------------------------------------------------------
@@ -467,8 +464,7 @@ UNFINISHED = {"FAILED": 2, "CANCELLED": 1, "THROTTLED\x1b[31m": 1, None: 3}
 
 def test_odd_rows_are_named_unfinished_ones_counted_others_served(tmp_path: Path) -> None:
     counted = [make_row(final_status=each) for each in UNFINISHED for _ in range(UNFINISHED[each])]
-    rows = [row for row, *_ in ODD_ROWS]
-    write_results(tmp_path, [*rows, *counted, make_row(8), make_row(9)])
+    write_results(tmp_path, [*[row for row, *_ in ODD_ROWS], *counted, make_row(8), make_row(9)])
     report = run_json(tmp_path, "--dry-run")
     served = {row["task_id"] for row, is_task, _ in ODD_ROWS if is_task and row["task_id"] != 5}
     assert report["videos"].keys() == served | {"", make_task_id(8), make_task_id(9)}
@@ -601,8 +597,7 @@ def test_videos_with_hostile_stubs_are_saved_flat_and_whole(tmp_path: Path, cdn:
     rows = [row | {"target_filename_stub": stub} for row, stub in stubs]
     results, output_dir = write_results(tmp_path, rows), tmp_path / "in" / "out"
     for _ in range(2):
-        downloader = make_downloader(output_dir)
-        assert downloader.process_polling_results_file(results) == len(rows)
+        assert make_downloader(output_dir).process_polling_results_file(results) == len(rows)
     assert (names_in(tmp_path), names_in(tmp_path / "in")) == ({"in", results.name}, {"out"})
     names = owners(output_dir)
     assert len(names_in(output_dir)) == 2 * len(names) == 2 * len(cdn.requests)
@@ -683,9 +678,7 @@ PROMPT, LAST = '"soft focus transition, elegant reveal, ..."', '46.656953"\n  }'
         ),
     ],
 )
-def test_metadata_is_as_documented_to_the_letter(
-    tmp_path: Path, changes: dict[str, Any], old: str, new: str
-) -> None:
+def test_metadata_is_exact(tmp_path: Path, changes: dict[str, Any], old: str, new: str) -> None:
     row = {key: value for key, value in (EXAMPLE_ROW | changes).items() if value is not ...}
     video, path = tmp_path / "elegant_business_classic_tt_video.mp4", tmp_path / "a.json"
     video.write_bytes(EXAMPLE_VIDEO)
@@ -874,8 +867,7 @@ def test_an_orphan_goes_to_its_task_not_the_first(tmp_path: Path, cdn: Cdn, repl
     mine = MINE | {"video_url": cdn.add("0", WHOLE, reply)}
     report = run_for(tmp_path, first, mine, **{"s.mp4": WHOLE})
     assert report["stats"] == figures(total_succeeded=2, downloaded=1, already_exists=1)
-    names = owners(tmp_path / "video_outputs")
-    assert (names[MINE["task_id"]], len(cdn.requests)) == ("s", 2)
+    assert (owners(tmp_path / "video_outputs")[MINE["task_id"]], len(cdn.requests)) == ("s", 2)
 
 
 def test_a_name_promised_to_one_task_does_not_hide_anothers_video(tmp_path: Path, cdn: Cdn) -> None:
@@ -897,8 +889,7 @@ def test_a_short_id_within_a_name_is_no_claim_to_it(tmp_path: Path, cdn: Cdn) ->
 
 
 def test_a_row_without_id_and_link_takes_nothing(tmp_path: Path, cdn: Cdn) -> None:
-    row = make_row(task_id=None, video_url=None)
-    report = run_for(tmp_path, row, **{"picture_0.mp4": WHOLE})
+    report = run_for(tmp_path, make_row(task_id=None, video_url=None), **{"picture_0.mp4": WHOLE})
     assert report["stats"] == figures(total_succeeded=1, failed_downloads=1)
     assert "run the polling step again" in report["console"]
     assert names_in(tmp_path / "video_outputs") == {"picture_0.mp4"}
@@ -1020,8 +1011,7 @@ def test_console_is_as_the_guide_shows_it_to_the_letter(tmp_path: Path, cdn: Cdn
         write_results(directory, [EXAMPLE_ROW | {"video_url": link}])
         result = run_script(directory)
         assert (result.returncode, result.stderr) == (0, "")
-        shown = link[:50] + "..." * (".mp4" in name)
-        assert result.stdout == CONSOLE.replace("LINK...", shown)
+        assert result.stdout == CONSOLE.replace("LINK...", link[:50] + "..." * (".mp4" in name))
 
 
 def test_the_listing_holds_10_videos_those_of_the_run_first(tmp_path: Path, cdn: Cdn) -> None:
@@ -1303,8 +1293,7 @@ def serve_table(cdn: Cdn, table: Mapping[str, tuple[Any, ...]]) -> list[dict[str
 def run_table(cdn: Cdn, directory: Path, rows: Any, *arguments: str, **how: Any) -> TableRun:
     result = download(directory, rows, "--json", "--workers", "64", *arguments, **how)
     videos = {video["task_id"]: video for video in json.loads(result.stdout)["videos"]}
-    output_dir = directory / "video_outputs"
-    return TableRun(cdn, output_dir, result.returncode, videos, result.stderr)
+    return TableRun(cdn, directory / "video_outputs", result.returncode, videos, result.stderr)
 
 
 def ends(run: TableRun, number: int, body: bytes, reason: str = "") -> None:
@@ -1333,8 +1322,7 @@ def reply_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TableRun]:
 @pytest.mark.parametrize("name", REPLY_TABLE)
 def test_a_reply_is_retried_if_that_may_help(reply_run: TableRun, name: str) -> None:
     _, requests, reason = REPLY_TABLE[name]
-    number = list(REPLY_TABLE).index(name)
-    ends(reply_run, number, OBJECT, reason)
+    ends(reply_run, list(REPLY_TABLE).index(name), OBJECT, reason)
     asked = len(reply_run.cdn.asked(f"{name}.mp4"))
     assert asked == requests + (name == "good")  # a redirect leads there
 
@@ -1384,6 +1372,7 @@ CONTENTS: dict[str, tuple[bytes, bool, str]] = {
     "webm": (WEBM, True, "no MP4"),
     "gif": (b"GIF89a\1\0\1\0\x80\0\0\xff\xff\xff", True, "no MP4"),
     "empty": (b"", False, "empty"),
+    "a-zero-byte": (b"\0", False, "zero bytes"),
     "64-bit-head-cut": (b"\0\0\0\1mdat\0\0", False, "cut short"),
     "zeros": (bytes(200_000), False, "zero bytes"),
     "bytes-behind-zeros": (bytes(200_000) + b"\1", True, "no MP4"),
@@ -1627,8 +1616,7 @@ def api_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TableRun]:
             dead = None if name == "no-link-in-the-row" else make_jwt_link(link, EXPIRED)
             rows.append(make_row(number, video_url=dead))
         env = {"RUNWAYML_API_SECRET": API_KEY, "RUNWAYML_BASE_URL": api.url + "/"}
-        run = run_table(cdn, directory, rows, "--retries", "1", env=env)
-        yield replace(run, api=api)
+        yield replace(run_table(cdn, directory, rows, "--retries", "1", env=env), api=api)
 
 
 @pytest.mark.parametrize("name", make_api_table(""))
@@ -1978,6 +1966,25 @@ def test_a_replaced_part_is_not_resumed(cdn: Cdn, tmp_path: Path) -> None:
 
 # A directory that is not ours alone.
 
+
+def test_where_nothing_can_be_removed_the_requests_are_bounded(cdn: Cdn, tmp_path: Path) -> None:
+    rows = serve(cdn, 4)
+    cdn.replies["/1.mp4"] = [Reply(send=HALF)]
+    cdn.replies["/2.mp4"] = [Reply(send=HALF, headers={"ETag": None})]
+    cdn.replies["/3.mp4"] = [Reply(body=make_mp4(3)[:HALF])]
+    output_dir = tmp_path / "video_outputs"
+    output_dir.mkdir()
+    if not shutil.which("chattr") or subprocess.run(["chattr", "+a", output_dir]).returncode != 0:
+        pytest.skip("no right to forbid removal, or a file system that cannot")
+    try:
+        assert download(tmp_path, rows, "--retries", "1").returncode == 3
+        assert max(Counter(request.path for request in cdn.requests).values()) <= 4
+        assert_whole(output_dir, "picture_0", make_task_id(0), make_mp4(0))
+        assert max(path.stat().st_size for path in output_dir.iterdir()) <= len(make_mp4(0))
+    finally:
+        subprocess.run(["chattr", "-a", output_dir], check=True)
+
+
 STRANGER = 65533
 ORDINARY_USER = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner"]
 
@@ -2116,8 +2123,7 @@ def test_a_stopped_run_leaves_its_part_and_the_next_resumes_it(stopped_runs: Sto
     (part,) = parts_in(output_dir).values()
     assert body.startswith(part)
     assert run_script(directory).returncode == 0
-    starts = [request.range_start for request in cdn.asked("transferring/1.mp4")]
-    assert starts == [None, len(part)]
+    assert [request.range_start for request in cdn.asked("transferring/1.mp4")] == [None, len(part)]
     assert_whole(output_dir, "picture_1", make_task_id(1), body)
     assert len(names_in(output_dir)) == 4
 
@@ -2712,8 +2718,7 @@ def test_exec_ends_with_the_run_and_the_video_counts(tmp_path: Path, cdn: Cdn) -
 def test_exec_that_moves_a_video_away_is_followed_by_no_metadata(tmp_path: Path, cdn: Cdn) -> None:
     write_results(tmp_path, serve(cdn, 1))
     (tmp_path / "moved").mkdir()
-    move = f"mv {{video}} {{metadata}} {tmp_path / 'moved'}"
-    result = run_script(tmp_path, "--exec", move)
+    result = run_script(tmp_path, "--exec", f"mv {{video}} {{metadata}} {tmp_path / 'moved'}")
     assert (result.returncode, result.stderr) == (0, "")
     assert names_in(tmp_path / "video_outputs") == set()
     assert_whole(tmp_path / "moved", "picture_0", make_task_id(0), make_mp4(0))
@@ -3015,9 +3020,7 @@ def demo(home: Path, bytes_per_second: float) -> int:
     return 0
 
 
-def test_demo_leaves_videos_with_metadata_and_a_gallery(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_leaves_videos_and_a_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with Cdn() as cdn:
         _, bodies = make_demo(cdn, 0)
     names = [f"{name}_video" for name, *_ in DEMO_VIDEOS]
