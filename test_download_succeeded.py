@@ -1173,7 +1173,7 @@ def test_callers_may_patch_requests_and_replace_the_console(
 ) -> None:
     out = mock.Mock(spec=["write"])
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", mock.MagicMock())
+    monkeypatch.setattr(sys, "stderr", mock.Mock())
     row = make_row(video_url=cdn.add("0.mp4", WHOLE))
     with mock.patch("download_succeeded_videos.requests.get"):
         assert make_downloader(tmp_path).process_succeeded_task(row)
