@@ -104,6 +104,7 @@ MAX_WORKERS = 64
 BACKOFF_BASE_S = 0.5
 RETRY_AFTER_CAP_S = 60.0
 STILL_SERVING_S = 10.0
+NEVER = -math.inf  # on the monotonic clock
 STALL_BYTES_PER_SECOND = 1024
 READ_BYTES = 512 * 1024
 TLS_RECORD_BYTES = 16 * 1024 + 261  # RFC 8446, 5.2, with its head
@@ -164,12 +165,13 @@ class TaskError(DownloaderError):
 class TransientError(TaskError):
     """The same request may succeed later, after ``wait_s`` seconds if the server said so.
 
-    ``served`` is when an overloaded server last served another, on the monotonic clock.
+    ``served_at`` is when an overloaded server last served another, on the monotonic clock; of
+    other faults, never.
     """
 
-    def __init__(self, reason: str, wait_s: float | None = None, served: float = -math.inf) -> None:
+    def __init__(self, reason: str, wait_s: float | None = None, served_at: float = NEVER) -> None:
         super().__init__(reason, "run again to try once more")
-        self.wait_s, self.served = wait_s, served
+        self.wait_s, self.served_at = wait_s, served_at
 
 
 class LinkDead(TaskError):
@@ -439,10 +441,9 @@ _TEXT = re.compile(rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z")  # o
 def inspect(file: BinaryIO, size_bytes: int) -> Content:
     """Look at the first bytes of ``file``, and at the heads of its boxes if it starts like one."""
     file.seek(0)
-    if file.read(8)[4:] in _BOXES:
-        return walk_boxes(file, size_bytes)
-    file.seek(0)
     start = file.read(READ_BYTES)
+    if start[4:8] in _BOXES:
+        return walk_boxes(file, size_bytes)
     blocks = itertools.chain([start], iter(functools.partial(file.read, READ_BYTES), b""))
     if not any(block.strip(b"\0") for block in blocks):
         return Content.ZEROS
@@ -720,25 +721,25 @@ def plan_task(task: Task, shelf: Shelf, in_hand: bool = False) -> Plan:
     name.
     """
     home = shelf.homes.get(task.key, task.stub)
-    best, holder = None, ""
+    first_free, holder = None, ""
     for stub in itertools.chain(dict.fromkeys((home, task.stub)), stubs_with_id(task)):
-        plan, has_id = shelf.look(task, stub), f"{task.suffix}_" in f"{stub}_"
+        plan, is_by_id = shelf.look(task, stub), f"{task.suffix}_" in f"{stub}_"
         is_promised = shelf.promised.get(fold(stub), task.key) != task.key
         if plan.action is Action.DOWNLOAD and is_promised:
             plan = replace(plan, action=Action.LEAVE, holder=f"{stub}.mp4 is another task's")
         elif plan.action is Action.ASK and (in_hand or not task.key):
             plan = replace(plan, action=Action.LEAVE)
-        elif plan.action is Action.ASK and has_id:
+        elif plan.action is Action.ASK and is_by_id:
             plan = replace(plan, action=Action.ADOPT)
         if plan.action in (Action.KEEP, Action.REFILL, Action.ADOPT):
             return plan
         if plan.action is Action.LEAVE:
             holder = holder or plan.holder
-        elif best is None:
-            best = replace(plan, holder=holder)
-        # its video may stand under a name with its id, so that is looked at before `best` is taken
-        if best and has_id and plan.action is Action.DOWNLOAD and plan.size_bytes == 0:
-            return best
+        elif first_free is None:
+            first_free = replace(plan, holder=holder)
+        # its video may stand under a name with its id: once such a name is free, it is nowhere
+        if first_free and is_by_id and plan.action is Action.DOWNLOAD and plan.size_bytes == 0:
+            return first_free
     raise AssertionError("the numbers never run out")
 
 
@@ -780,7 +781,7 @@ class PartFile:
             total, validator, inode = json.loads(self._beside.read_bytes())
             if inode == os.fstat(descriptor).st_ino:  # else it is of a file that is gone
                 self.source = int(total) or -1, str(validator)
-        if self.size_bytes and not 0 < self.share <= 1:
+        if self.size_bytes and not self.share:
             self.restart()
 
     @classmethod
@@ -791,6 +792,8 @@ class PartFile:
         One that is published already, or another user's, makes way for a new one. Where that
         or locking is not possible, a name of its own serves for this run.
         """
+        # locked and usable: ours, if it still has the name; locked, but not usable: left over;
+        # locked is False: somebody works on it; None: no locks, or no file
         for _ in range(NAME_TRIES):
             descriptor, is_usable = open_part(path)
             locked = try_lock(descriptor)
@@ -816,8 +819,9 @@ class PartFile:
 
     @property
     def share(self) -> float:
-        """How much of the object is here, up to 1; 0 where that cannot be known."""
-        return self.size_bytes / self.source[0] if self.source else 0.0
+        """How much of the object is here, up to 1; 0 for what cannot be resumed."""
+        share = self.size_bytes / self.source[0] if self.source else 0.0
+        return share if 0 < share <= 1 else 0.0
 
     def restart(self, source: Source | None = None) -> None:
         """Forget all bytes; those to come are of ``source``, or cannot be resumed."""
@@ -847,11 +851,10 @@ class PartFile:
         if self.file.closed:
             return
         is_ours = self.is_at(self.path) or not os.path.lexists(self.path)
-        if not (keep and self.is_intact() and self.share > 0):
+        if is_ours and not (keep and self.is_intact() and self.share):
             if os.name == "nt":  # where no open file can be removed
                 self.file.close()
-            if is_ours:
-                remove_part(self.path)
+            remove_part(self.path)
         self.file.close()
 
 
@@ -990,7 +993,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._interval_s = 0.0
-        self._next = self.served_at = self._slowed_at = -math.inf
+        self._next = self.served_at = self._slowed_at = NEVER
 
     def take_turn(self, now: float, jitter: float) -> float:
         """0 when it is this request's turn, else seconds until it is worth asking again."""
@@ -1254,8 +1257,8 @@ class Download:
         self._hidden = hidden_path(plan.path.parent, plan.task.key)
         self._dead = LinkDead(NO_LINK, "")
         self._tries, self._failures, self._most_bytes, self._notes = 1, 0, 0, Counter[str]()
-        self._length_matched, self._failed_at, self._warning = True, -math.inf, ""
-        self._ranges_work: bool | None = None
+        self._length_matched, self._failed_at, self._warning = True, NEVER, ""
+        self._ranges_work: bool | None = None  # as far as they were asked for
 
     def run(self) -> Outcome:
         """Do what is to be done; raises `JobError`, `InOtherHands` and `Cancelled`."""
@@ -1275,7 +1278,6 @@ class Download:
 
     def _act(self) -> Outcome:
         while True:
-            self._place.wait(0)
             try:
                 return self._attempt()
             except LinkDead as error:
@@ -1289,7 +1291,6 @@ class Download:
             except TransientError as error:
                 self._back_off(error)
                 if not self.part.is_intact():
-                    self.part.restart()  # what has its name now is not to be taken for it
                     self.part.release()
                     self.part = PartFile.claim(self._hidden)
 
@@ -1355,11 +1356,9 @@ class Download:
             check_status(status, response.headers)
             if not continues and start != 0:
                 raise TransientError("the server sent a part that was not asked for")
-            if self._plan.action is Action.ASK:
+            if self._plan.action is Action.ASK and total == self._plan.size_bytes:
                 with contextlib.suppress(TransientError):  # it is another task's by now
-                    if total == self._plan.size_bytes:
-                        return self._adopt()
-                self._plan = plan_task(self._task, self._place.shelf, in_hand=True)
+                    return self._adopt()
             if continues:
                 self._ranges_work = True
                 self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
@@ -1380,9 +1379,6 @@ class Download:
             self.received += len(data)
             if part.size_bytes > self._most_bytes:
                 self._most_bytes, self._failures = part.size_bytes, 0
-        if part.share > 1:
-            part.restart()
-            raise TransientError("the server sent more than it announced")
         if least > response.raw.tell() or (part.source and part.share < 1):
             raise TransientError("the connection was cut")
 
@@ -1391,20 +1387,20 @@ class Download:
 
         None is used up if the server has served others lately, or since this video's last try.
         """
-        if not self.part.source:
+        if not self.part.share and self.part.is_intact():
             self.part.restart()
         if (error.wait_s or 0) > RETRY_AFTER_CAP_S:
             wait = f"{error.reason} and asks to wait {error.wait_s:.0f} s"
             raise TaskError(wait, "run again after that time") from None
-        costs = error.served <= min(self._failed_at, time.monotonic() - STILL_SERVING_S)
+        uses_up = error.served_at <= min(self._failed_at, time.monotonic() - STILL_SERVING_S)
         self._failed_at = time.monotonic()
         # a last one asks for all, if ranges may be what fails here
-        if costs and self._failures >= self._place.retries + (self._ranges_work is False):
+        if uses_up and self._failures >= self._place.retries + (self._ranges_work is False):
             raise TaskError(error.reason, error.hint) from None
         self.waiting = error.reason
         self._notes[f"  🔁 Tried again: {error.reason}"] += 1
-        failures = self._failures + 1 if costs else min(self._tries, 4)
-        self._failures += costs
+        failures = self._failures + 1 if uses_up else min(self._tries, 4)
+        self._failures += uses_up
         self._tries += 1
         self._place.wait(backoff_s(failures, error.wait_s, random.random()))
 
@@ -1421,8 +1417,9 @@ class Download:
                 return self._outcome(Status.DOWNLOADED, info["size_bytes"])
             if there := self._look(in_hand=True):
                 return there
+            # what has the name is no video, and goes before metadata says that there is one
             if file_bytes(self._plan.path) == self._plan.size_bytes:
-                remove(self._plan.path)  # what is no video, before metadata says that there is one
+                remove(self._plan.path)
         raise TransientError(CHANGED_MEANWHILE)
 
     def _put_in_place(self, info: Object) -> None:
@@ -1499,8 +1496,7 @@ def run_command(place: Workplace, paths: Mapping[str, Path]) -> None:
     ``paths`` go in, as absolute ones, for the ``{word}`` that is their key.
     """
     either = re.compile("|".join(paths))
-    filled = {word: str(path.absolute()) for word, path in paths.items()}
-    words = [either.sub(lambda word: filled[word[0]], part) for part in place.command]
+    words = [either.sub(lambda key: str(paths[key[0]].absolute()), word) for word in place.command]
     clean = {key: value for key, value in os.environ.items() if key != "RUNWAYML_API_SECRET"}
     none, both = subprocess.DEVNULL, subprocess.STDOUT
     said = why = ""
@@ -1631,7 +1627,9 @@ class Console:
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, LookupError):
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         if columns and not self._quiet:
-            live = "  ".join(parts)[: columns - 3]  # emoji, two at most, are two columns wide
+            live = "  ".join(parts)[
+                : max(0, columns - 3)
+            ]  # emoji, two at most, are two columns wide
             self._put(sys.stderr, f"\r\x1b[K{live}")
         elif parts and time.monotonic() - self._printed >= SILENCE_S:
             self.say("  ".join(parts))
@@ -1656,9 +1654,7 @@ class Crew:
 
     def __init__(self, place: Workplace, jobs: Sequence[Plan], workers: int) -> None:
         self.left, self.held, self._place, self._threads = len(jobs), set[str](), place, 0
-        self.todo, self._done = SimpleQueue[Plan | None](), SimpleQueue[Outcome | DownloaderError]()
-        for job in jobs:
-            self.todo.put(job)
+        self._todo, self._done = deque(jobs), SimpleQueue[Outcome | DownloaderError]()
         with contextlib.suppress(RuntimeError):  # the system gives no more
             while self._threads < min(workers, self.left):
                 threading.Thread(target=self._labour, daemon=True).start()
@@ -1666,13 +1662,12 @@ class Crew:
 
     def results(self, until: float = math.inf) -> Iterator[Outcome | DownloaderError | None]:
         """What became of each job, as they end; ``None`` a few times a second in between."""
-        ticked = -math.inf
+        ticked = NEVER
         while self.left and (now := time.monotonic()) < until:
             if now - ticked >= TICK_S:
                 ticked = now
                 yield None
             if not self._threads:
-                self.todo.put(None)
                 self._labour()
             with contextlib.suppress(Empty):
                 result = self._done.get(timeout=TICK_S)
@@ -1680,24 +1675,25 @@ class Crew:
                 yield result
 
     def _labour(self) -> None:
-        for job in iter(self.todo.get, None):
-            try:
-                self._place.wait(0)
-                result: Outcome | DownloaderError = Download(job, self._place).run()
-            except InOtherHands:
-                self.held.add(job.task.key)
-                self.todo.put(job)
-                self._place.stop.wait(TICK_S)
-                continue
-            except DownloaderError as error:
-                result = error
-            except Exception as error:  # or this thread would end, and the run wait for ever
-                reason = f"unexpected {type(error).__name__}: {printable(error)}"
-                fault = TaskError(reason, "please report it")
-                result = Outcome(job.task, Status.FAILED, job.path, fault=fault)
-            self.held.discard(job.task.key)
-            self._done.put(result)
-        self.todo.put(None)  # for the next one
+        with contextlib.suppress(IndexError):  # no job is left but what other threads will end
+            while True:
+                job = self._todo.popleft()
+                try:
+                    self._place.wait(0)
+                    result: Outcome | DownloaderError = Download(job, self._place).run()
+                except InOtherHands:
+                    self.held.add(job.task.key)
+                    self._todo.append(job)
+                    self._place.stop.wait(TICK_S)
+                    continue
+                except DownloaderError as error:
+                    result = error
+                except Exception as error:  # or this thread would end, and the run wait for ever
+                    reason = f"unexpected {type(error).__name__}: {printable(error)}"
+                    fault = TaskError(reason, "please report it")
+                    result = Outcome(job.task, Status.FAILED, job.path, fault=fault)
+                self.held.discard(job.task.key)
+                self._done.put(result)
 
 
 @dataclass(eq=False)
@@ -1732,7 +1728,7 @@ class VideoDownloader:
         self.output_dir = self._directory = Path(self.output_dir)
         self._console = self.console or Console(self.quiet)
         self._turn = threading.RLock()
-        self._adapter: SharedContextAdapter | None = None
+        self._adapters: dict[int, SharedContextAdapter] = {}  # by process: one connection each
         try:
             with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -1757,9 +1753,14 @@ class VideoDownloader:
     def get_succeeded_tasks(self, results: Object) -> list[Object]:
         """The raw rows, in order, that SUCCEEDED and have a usable ``video_url``.
 
-        With ``RUNWAYML_API_SECRET`` set also those without, as Runway can be asked for one.
+        With ``RUNWAYML_API_SECRET`` set also those without, as Runway can be asked for one. Names
+        on stderr what is left out.
         """
-        return [task.row for task in read_rows(as_object(results))[0] if task.link or api_secret()]
+        tasks, _, wrong = read_rows(as_object(results))
+        lost = [task for task in tasks if not (task.link or api_secret())]
+        wrong += [f"task {shown_id(task.task_id)}: {NO_LINK}: left out" for task in lost]
+        self._console.complain(*shortened([f"⚠️ {each}" for each in wrong], NAMES_SHOWN))
+        return [task.row for task in tasks if task.link or api_secret()]
 
     def generate_filename_stub(self, task: Object) -> str:
         """The name that row ``task`` asks for, made safe, without suffix."""
@@ -1781,7 +1782,7 @@ class VideoDownloader:
         """Write the metadata of row ``task`` and the video on disk; whether it worked."""
         checked, video = task_from_row(as_object(task)), Path(video_path)
         try:
-            with disk_errors("write the metadata"), open(video, "rb") as file:
+            with disk_errors(f"describe {printable(video)}"), open(video, "rb") as file:
                 put_metadata(Path(metadata_path), checked, video.name, file_info(file))
         except (DownloaderError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -1793,7 +1794,8 @@ class VideoDownloader:
         """Print the summary of everything done so far, the videos there, and what failed."""
         self._console.say(*statistics_lines(self.stats))
         self._console.say(*storage_lines(self._directory, self.outcomes))
-        self._console.complain(*failure_lines(self.outcomes))
+        last = {each.task.key or str(each.path): each for each in self.outcomes}
+        self._console.complain(*failure_lines([*last.values()]))
 
     # The run
 
@@ -1811,16 +1813,15 @@ class VideoDownloader:
         """Bring ``tasks`` to disk; how many are there. Raises `JobError`, KeyboardInterrupt."""
         self.stats["total_succeeded"] += len(tasks)
         self._total, self._before = len(tasks), len(self.outcomes)
-        shelf, jobs, existing = Shelf.scan(self._directory), list[Plan](), 0
+        shelf, jobs = Shelf.scan(self._directory), list[Plan]()
         for plan in plan_all(tasks, shelf):
             is_due = self.command and is_waiting(plan.path.with_suffix(".json"))
             if plan.action is not Action.KEEP or is_due:
                 jobs.append(plan)
             else:
-                existing += 1
                 outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
-                self._record(outcome, is_shown=existing <= EXISTING_SHOWN)
-        if (more := existing - EXISTING_SHOWN) > 0:
+                self._record(outcome, len(self.outcomes) - self._before < EXISTING_SHOWN)
+        if (more := len(tasks) - len(jobs) - EXISTING_SHOWN) > 0:
             self._console.say("", f"  ⚠️ … and {more:,} more that already exist")
         if jobs:
             self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), shelf)
@@ -1831,14 +1832,17 @@ class VideoDownloader:
 
     def _work(self, jobs: Sequence[Plan], shelf: Shelf) -> None:
         """Carry ``jobs`` out in worker threads; report each in this one."""
-        self._adapter = self._adapter or SharedContextAdapter(self.workers, self.workers)
-        place = Workplace(shelf, self._adapter, self.timeout, self.retries, self.command)
+        if (process := os.getpid()) not in self._adapters:  # a fork copies open connections
+            self._adapters = {process: SharedContextAdapter(self.workers, self.workers)}
+        adapter = self._adapters[process]
+        place = Workplace(shelf, adapter, self.timeout, self.retries, self.command)
         try:
             self._lead(Crew(place, jobs, self.workers), place)
         except JobError:  # make room, of what workers still hold as well
             for each in place.active:
                 remove_part(each.part.path)
-            sweep(self._directory, os.listdir(self._directory), [job.task for job in jobs])
+            with contextlib.suppress(OSError):  # the directory itself may be gone
+                sweep(self._directory, os.listdir(self._directory), [job.task for job in jobs])
             raise
 
     def _lead(self, crew: Crew, place: Workplace) -> None:
@@ -1860,7 +1864,6 @@ class VideoDownloader:
                 self._console.show_progress(parts)
         finally:
             place.stop.set()
-            crew.todo.put(None)
             for result in crew.results(time.monotonic() + STOP_GRACE_S):
                 if isinstance(result, Outcome):
                     self._record(result)
@@ -2177,13 +2180,17 @@ def stop(number: int, _frame: object) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; the exit code, as ``--help`` lists them."""
     options = parse_arguments(argv)
+    for number in SIGNALS if __name__ == "__main__" else ():
+        signal.signal(number, stop)
     console = Console(options.quiet, options.json)
     outcomes, stats = list[Outcome](), count_outcomes()
     try:
         error = do(options, console, outcomes, stats)
         exit_code = 3 if error or any(outcome.fault for outcome in outcomes) else 0
-    except (DownloaderError, OSError) as fatal:  # OSError: the current directory is gone
+    except DownloaderError as fatal:
         exit_code, error = 1, printable(fatal)
+    except OSError as fatal:
+        exit_code, error = 1, f"{fatal.strerror}: is the current directory still there?"
     except KeyboardInterrupt as interrupt:
         number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
         exit_code, error = 128 + number, f"stopped by {number.name}, run again to go on"
@@ -2200,8 +2207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in SIGNALS:
-        signal.signal(number, stop)
     try:
         exit_code = main()
     except KeyboardInterrupt as interrupt:  # while its last lines are printed
