@@ -417,19 +417,16 @@ def test_latest_goes_by_the_time_in_the_name_else_by_the_modification_time(tmp_p
 NO_RESULTS = 'is not a polling-results file, which looks like {"task_results": [{"task_id"'
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        pytest.param(None, "No such file", id="missing"),
-        pytest.param(os.mkdir, "Is a directory", id="directory", marks=unix_only),
-        pytest.param(b"", "Expecting value: line 1 column 1", id="empty"),
-        pytest.param(b'{"a": 1,\n  b}', ": line 2 column 3", id="comma"),
-        pytest.param(b'{"task_results": ["\xe9"]}', "byte 0xe9 in position 19", id="Latin-1"),
-        pytest.param(b"[" * 200_000, "recursion depth exceeded", id="nesting"),
-        pytest.param(b'{"tasks": []}', NO_RESULTS, id="another step's"),
-        pytest.param(b'{"task_results": {}}', NO_RESULTS, id="no list"),
-    ],
-)
+@pytest.mark.parametrize(("content", "complaint"), [
+    pytest.param(None, "No such file", id="missing"),
+    pytest.param(os.mkdir, "Is a directory", id="directory", marks=unix_only),
+    pytest.param(b"", "Expecting value: line 1 column 1", id="empty"),
+    pytest.param(b'{"a": 1,\n  b}', ": line 2 column 3", id="comma"),
+    pytest.param(b'{"task_results": ["\xe9"]}', "byte 0xe9 in position 19", id="Latin-1"),
+    pytest.param(b"[" * 200_000, "recursion depth exceeded", id="nesting"),
+    pytest.param(b'{"tasks": []}', NO_RESULTS, id="another step's"),
+    pytest.param(b'{"task_results": {}}', NO_RESULTS, id="no list"),
+])  # fmt: skip
 def test_broken_results_file_gets_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, complaint: str
 ) -> None:
@@ -440,12 +437,6 @@ def test_broken_results_file_gets_one_line(
     assert name in line
     assert complaint in line
     assert dsv.printable(line) == line
-
-
-def test_results_file_with_a_byte_order_mark_is_used(tmp_path: Path) -> None:
-    path = write_results(tmp_path, [make_row(3)])
-    path.write_bytes(b"\xef\xbb\xbf\r\n \t" + path.read_bytes())
-    assert make_downloader(tmp_path).load_polling_results(path)["task_results"] == [make_row(3)]
 
 
 # --- Rows and tasks ----------------------------------------------------------------------------
@@ -533,16 +524,13 @@ def test_link_expiry_is_read_from_the_token_and_nonsense_is_none(tmp_path: Path)
         assert videos[make_task_id(i)].get("expires") == expiry, link[:60]
 
 
-@pytest.mark.parametrize(
-    ("rows", "asked"),
-    [
-        pytest.param([("a", "fresh"), ("a", "stale")], ["fresh"], id="the latest"),
-        pytest.param([("a", None), ("a", "stale")], ["stale"], id="the latest has none"),
-        pytest.param([("a", "one"), ("b", "one")], ["one", "one"], id="other tasks, one link"),
-        pytest.param([(None, "x"), (None, "x"), ("", "y")], ["x", "y"], id="no id"),
-        pytest.param([(None, None), (None, None)], [], id="neither"),
-    ],
-)
+@pytest.mark.parametrize(("rows", "asked"), [
+    pytest.param([("a", "fresh"), ("a", "stale")], ["fresh"], id="the latest"),
+    pytest.param([("a", None), ("a", "stale")], ["stale"], id="the latest has none"),
+    pytest.param([("a", "one"), ("b", "one")], ["one", "one"], id="other tasks, one link"),
+    pytest.param([(None, "x"), (None, "x"), ("", "y")], ["x", "y"], id="no id"),
+    pytest.param([(None, None), (None, None)], [], id="neither"),
+])  # fmt: skip
 def test_task_in_several_rows_counts_once_with_its_freshest_link(
     tmp_path: Path, cdn: Cdn, rows: list[tuple[str | None, str | None]], asked: list[str]
 ) -> None:
@@ -653,31 +641,28 @@ ROW_STUB = '_stub": "elegant_business_classic_tt_video"'
 PROMPT, LAST = '"soft focus transition, elegant reveal, ..."', '46.656953"\n  }'
 
 
-@pytest.mark.parametrize(
-    ("changes", "old", "new"),
-    [
-        pytest.param({}, "", "", id="the documented one"),
-        pytest.param({"seed": 0}, '"seed": null', '"seed": 0', id="seed zero"),
-        pytest.param({"seed": float("nan")}, "", "", id="NaN is left out"),
-        pytest.param({"prompt": 'é 🎬 "\n'}, PROMPT, '"é 🎬 \\"\\n"', id="text as it is"),
-        pytest.param({"prompt": "\ud800 é"}, PROMPT, '"\\ud800 é"', id="lone surrogate"),
-        pytest.param({"prompt": 5}, PROMPT, '""', id="wrong type"),
-        pytest.param(
-            {"target_filename_stub": "a/b"}, ROW_STUB, '_stub": "a/b"', id="the row's stub"
-        ),
-        *(
-            pytest.param({name: ...}, f'": "{EXAMPLE_ROW[name]}"', '": ""', id=f"no {name}")
-            for name in ("image_path", "prompt", "timestamp", "completion_time", "status")
-        ),
-        pytest.param(
-            {"resolution": "720p", "duration": None, "other": 1, "cluster_id": {"é": 0}},
-            LAST,
-            '46.656953",\n    "cluster_id": {\n      "é": 0\n    },\n'
-            '    "duration": null,\n    "resolution": "720p"\n  }',
-            id="extras in their order, null included",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("changes", "old", "new"), [
+    pytest.param({}, "", "", id="the documented one"),
+    pytest.param({"seed": 0}, '"seed": null', '"seed": 0', id="seed zero"),
+    pytest.param({"seed": float("nan")}, "", "", id="NaN is left out"),
+    pytest.param({"prompt": 'é 🎬 "\n'}, PROMPT, '"é 🎬 \\"\\n"', id="text as it is"),
+    pytest.param({"prompt": "\ud800 é"}, PROMPT, '"\\ud800 é"', id="lone surrogate"),
+    pytest.param({"prompt": 5}, PROMPT, '""', id="wrong type"),
+    pytest.param(
+        {"target_filename_stub": "a/b"}, ROW_STUB, '_stub": "a/b"', id="the row's stub"
+    ),
+    *(
+        pytest.param({name: ...}, f'": "{EXAMPLE_ROW[name]}"', '": ""', id=f"no {name}")
+        for name in ("image_path", "prompt", "timestamp", "completion_time", "status")
+    ),
+    pytest.param(
+        {"resolution": "720p", "duration": None, "other": 1, "cluster_id": {"é": 0}},
+        LAST,
+        '46.656953",\n    "cluster_id": {\n      "é": 0\n    },\n'
+        '    "duration": null,\n    "resolution": "720p"\n  }',
+        id="extras in their order, null included",
+    ),
+])  # fmt: skip
 def test_metadata_is_exact(tmp_path: Path, changes: dict[str, Any], old: str, new: str) -> None:
     row = {key: value for key, value in (EXAMPLE_ROW | changes).items() if value is not ...}
     video, path = tmp_path / "elegant_business_classic_tt_video.mp4", tmp_path / "a.json"
@@ -827,16 +812,13 @@ def test_task_without_id_owns_its_video_by_the_link(tmp_path: Path, cdn: Cdn) ->
     assert len(names_in(tmp_path / "video_outputs")) == 4
 
 
-@pytest.mark.parametrize(
-    "stubs",
-    [
-        pytest.param(["Same", "same", "SAME"], id="but for case"),
-        pytest.param(["caf\u00e9", "cafe\u0301", "CAFE\u0301"], id="but for Unicode form"),
-        pytest.param(["a/b", "a\\b", "a_b"], id="made equal"),
-        pytest.param(["x" * 300, "x" * 400, "x" * 500], id="cut to be equal"),
-        pytest.param(["s", "s", f"s_{make_task_id(1)[:8]}"], id="equal to another's second name"),
-    ],
-)
+@pytest.mark.parametrize("stubs", [
+    pytest.param(["Same", "same", "SAME"], id="but for case"),
+    pytest.param(["caf\u00e9", "cafe\u0301", "CAFE\u0301"], id="but for Unicode form"),
+    pytest.param(["a/b", "a\\b", "a_b"], id="made equal"),
+    pytest.param(["x" * 300, "x" * 400, "x" * 500], id="cut to be equal"),
+    pytest.param(["s", "s", f"s_{make_task_id(1)[:8]}"], id="equal to another's second name"),
+])  # fmt: skip
 def test_tasks_of_one_name_each_get_their_own(tmp_path: Path, cdn: Cdn, stubs: list[str]) -> None:
     links = [cdn.add(f"{i}.mp4", make_mp4(i, SMALL)) for i in range(3)]
     rows = [make_row(i, target_filename_stub=stubs[i], video_url=links[i]) for i in range(3)]
@@ -1051,23 +1033,25 @@ def test_orchestrator_results(tmp_path: Path, cdn: Cdn, capsys: pytest.CaptureFi
     rows += [make_row(2, video_url=cdn.add("2.mp4", b"", Reply(status=404)))]
     others = [make_row(9, final_status="FAILED"), make_row(3, video_url=None), None]
     file = write_results(tmp_path, [*rows[:1], *others, *rows[1:]])
+    file.write_bytes(b"\xef\xbb\xbf\r\n \t" + file.read_bytes())  # a byte order mark
     output = tmp_path / "new" / "video_outputs"
     downloader = dsv.VideoDownloader(output_dir=str(output))
     assert output.is_dir()
     assert downloader.find_all_polling_results(directory=str(tmp_path)) == [file]
     results = downloader.load_polling_results(file)
-    assert results == json.loads(file.read_text(encoding="utf-8"))
+    assert results == json.loads(file.read_text(encoding="utf-8-sig"))
     tasks = downloader.get_succeeded_tasks(results)
     assert tasks == rows
     assert [downloader.process_succeeded_task(task) for task in tasks] == [True, True, False]
-    assert downloader.process_succeeded_task(tasks[0]) is True
-    counted = figures(total_succeeded=4, downloaded=2, failed_downloads=1, already_exists=1)
+    assert [downloader.process_succeeded_task(tasks[i]) for i in (0, 2)] == [True, False]
+    counted = figures(total_succeeded=5, downloaded=2, failed_downloads=2, already_exists=1)
     assert list(downloader.stats.items()) == list(counted.items())
     downloader.print_final_stats()
     assert downloader.load_polling_results(tmp_path / "missing.json") == {}
     out, err = capsys.readouterr()
-    assert "✅ Total SUCCEEDED tasks found: 4\n" in out
+    assert "✅ Total SUCCEEDED tasks found: 5\n" in out
     assert re.search(r"❌ 1 video: the link was refused\n.*HTTP 404", err)
+    assert re.search(rf'task {make_task_id(3)[:8]}.*"video_url": left out\n', err)
     assert "missing.json" in err.splitlines()[-1]
 
 
@@ -1097,19 +1081,16 @@ def test_useless_task_fails_without_raising(tmp_path: Path, task: Any) -> None:
     assert downloader.get_succeeded_tasks(task) == []
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"task_id": "../../\ud800\x1b"}, id="hostile id"),
-        pytest.param({"task_id": None, "target_filename_stub": None}, id="no id, no stub"),
-        pytest.param({"prompt": 5, "image_path": b"x", "status": [], "timestamp": {}}, id="types"),
-        pytest.param({"prompt": "\ud800\0" * 100_000}, id="long prompt"),
-        pytest.param({"seed": float("nan"), "duration": float("inf")}, id="no numbers"),
-        pytest.param({"theme": reduce(lambda x, _: [x], range(5000), list[Any]())}, id="nesting"),
-        pytest.param({"seed": 10**6000}, id="huge number"),
-        pytest.param({"cluster_id": {(1, 2): b""}, "duration": datetime.min}, id="no JSON"),
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    pytest.param({"task_id": "../../\ud800\x1b"}, id="hostile id"),
+    pytest.param({"task_id": None, "target_filename_stub": None}, id="no id, no stub"),
+    pytest.param({"prompt": 5, "image_path": b"x", "status": [], "timestamp": {}}, id="types"),
+    pytest.param({"prompt": "\ud800\0" * 100_000}, id="long prompt"),
+    pytest.param({"seed": float("nan"), "duration": float("inf")}, id="no numbers"),
+    pytest.param({"theme": reduce(lambda x, _: [x], range(5000), list[Any]())}, id="nesting"),
+    pytest.param({"seed": 10**6000}, id="huge number"),
+    pytest.param({"cluster_id": {(1, 2): b""}, "duration": datetime.min}, id="no JSON"),
+])  # fmt: skip
 def test_hostile_fields_cost_no_video(tmp_path: Path, cdn: Cdn, changes: dict[str, Any]) -> None:
     downloader = make_downloader(tmp_path)
     row = make_row(0, video_url=cdn.add("0.mp4", WHOLE), **changes)
@@ -1194,6 +1175,16 @@ def test_threads_on_one_downloader_give_each_task_its_own_name(tmp_path: Path, c
         assert_whole(tmp_path, names[row["task_id"]], row["task_id"], make_mp4(i, SMALL))
     assert len(names_in(tmp_path)) == 24
     assert len(cdn.requests) == 12
+
+
+@unix_only
+def test_a_fork_has_connections_of_its_own(tmp_path: Path, cdn: Cdn) -> None:
+    downloader, rows = make_downloader(tmp_path), serve(cdn, 2)
+    assert downloader.process_succeeded_task(rows[0])
+    if not (child := os.fork()):
+        os._exit(not downloader.process_succeeded_task(rows[1]))
+    assert os.waitpid(child, 0)[1] == 0
+    assert len({request.client for request in cdn.requests}) == 2
 
 
 # --- Nothing that was paid for is lost ---------------------------------------------------------
@@ -1865,6 +1856,7 @@ MEDDLING: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
     "hidden-cut": (lambda hidden, *_: os.truncate(hidden, 1000), "wanted"),
     "hidden-grown": (lambda hidden, *_: os.truncate(hidden, BIG), "wanted"),
     "hidden-a-link": (lambda h, *_: (h.unlink(), h.symlink_to("elsewhere")), "wanted"),
+    "hidden-moved": (lambda h, v, _: h.rename(v.parent.parent / "rescued"), "wanted"),
     "hidden-replaced": (lambda h, *_: (h.unlink(), h.write_bytes(FOREIGN)), "wanted"),
     "same-video-and-metadata": (
         lambda _, v, m: (m.write_bytes(own_metadata(v)), v.write_bytes(FOREIGN)), "there"),
@@ -1922,6 +1914,7 @@ def test_what_others_do_makes_no_wrong_file(meddled_run: TableRun, name: str) ->
 
 def test_what_others_did_leaves_nothing_hidden_behind(meddled_run: TableRun) -> None:
     assert (meddled_run.exit_code, hidden_in(meddled_run.output_dir)) == (0, set())
+    assert (meddled_run.output_dir.parent / "rescued").stat().st_size == BIG  # as it was moved away
 
 
 LAST_MOMENT = {  # which link is about to be made, the name that is taken, what follows
