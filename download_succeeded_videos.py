@@ -32,9 +32,9 @@ environment:
 #
 #     results file -> tasks -> names and plan -> part file -> transfer -> outcome -> summary
 #
-# Pure functions over small frozen records decide. `Shelf` reads the directory, `PartFile` and
-# `put_metadata` write to it, `Workplace` asks servers, `Console` prints; `Download` does one
-# task from start to end in a worker thread, and a `Crew` of them works in parallel.
+# Pure functions over small frozen records decide. `Index` reads the directory, `PartFile` and
+# `put_metadata` write to it, `Session` asks servers, `Console` prints; `Download` does one
+# task from start to end in a worker thread, and a `WorkerPool` of them works in parallel.
 
 from __future__ import annotations
 
@@ -634,7 +634,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class Index:
     """The output directory as one scan saw it, and a look at single names as they are now.
 
     ``spellings`` are the names by what they fold to, ``homes`` the stubs of metadata by the key of
@@ -649,7 +649,7 @@ class Shelf:
     promised: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def scan(cls, directory: Path) -> Shelf:
+    def scan(cls, directory: Path) -> Index:
         """Read all metadata once; raises `JobError` for a directory that cannot be listed."""
         try:
             names = sorted(os.listdir(directory))
@@ -657,12 +657,12 @@ class Shelf:
             return cls(directory)
         except OSError as error:
             raise directory_error(directory, error) from None
-        shelf = cls(directory, names, {fold(name): name for name in names})
-        for stub, metadata in shelf.described():
+        index = cls(directory, names, {fold(name): name for name in names})
+        for stub, metadata in index.described():
             key = owner_key(metadata)
-            if key and not file_bytes(directory / f"{shelf.homes.get(key, '')}.mp4"):
-                shelf.homes[key] = stub
-        return shelf
+            if key and not file_bytes(directory / f"{index.homes.get(key, '')}.mp4"):
+                index.homes[key] = stub
+        return index
 
     def described(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The stub and the metadata of each video that has some, be the video there or not."""
@@ -712,7 +712,7 @@ def directory_error(directory: Path, error: OSError | ValueError) -> JobError:
     return JobError(f"{what} — mend that, or choose another with --output-dir")
 
 
-def plan_task(task: Task, shelf: Shelf, in_hand: bool = False) -> Plan:
+def plan_task(task: Task, index: Index, in_hand: bool = False) -> Plan:
     """Find ``task`` in the directory as it is now, or the place it is to have.
 
     With the whole video ``in_hand``, another one without metadata is nothing to ask about; nor is
@@ -720,11 +720,11 @@ def plan_task(task: Task, shelf: Shelf, in_hand: bool = False) -> Plan:
     place its metadata already holds, then a video under a name with its id, then the best free
     name.
     """
-    home = shelf.homes.get(task.key, task.stub)
+    home = index.homes.get(task.key, task.stub)
     first_free, holder = None, ""
     for stub in itertools.chain(dict.fromkeys((home, task.stub)), stubs_with_id(task)):
-        plan, is_by_id = shelf.look(task, stub), f"{task.suffix}_" in f"{stub}_"
-        is_promised = shelf.promised.get(fold(stub), task.key) != task.key
+        plan, is_by_id = index.look(task, stub), f"{task.suffix}_" in f"{stub}_"
+        is_promised = index.promised.get(fold(stub), task.key) != task.key
         if plan.action is Action.DOWNLOAD and is_promised:
             plan = replace(plan, action=Action.LEAVE, holder=f"{stub}.mp4 is another task's")
         elif plan.action is Action.ASK and (in_hand or not task.key):
@@ -743,16 +743,16 @@ def plan_task(task: Task, shelf: Shelf, in_hand: bool = False) -> Plan:
     raise AssertionError("the numbers never run out")
 
 
-def plan_all(tasks: Iterable[Task], shelf: Shelf) -> list[Plan]:
+def plan_all(tasks: Iterable[Task], index: Index) -> list[Plan]:
     """Plan ``tasks`` in order, so that a rerun gives each the same name, which it is promised."""
     plans = []
     for task in tasks:
-        home = shelf.directory / f"{shelf.homes.get(task.key)}.mp4"
-        if task.key in shelf.homes and (size := file_bytes(home)):
+        home = index.directory / f"{index.homes.get(task.key)}.mp4"
+        if task.key in index.homes and (size := file_bytes(home)):
             plans.append(Plan(task, home, Action.KEEP, size))
         else:
-            plans.append(plan_task(task, shelf))
-            shelf.promised[fold(plans[-1].path.stem)] = task.key
+            plans.append(plan_task(task, index))
+            index.promised[fold(plans[-1].path.stem)] = task.key
     return plans
 
 
@@ -1021,20 +1021,20 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Session:
     """What all downloads of a run share: the directory, and how to ask servers, until ``stop``.
 
     The live line looks at ``downloads``, all those begun.
     """
 
-    shelf: Shelf
+    index: Index
     adapter: SharedContextAdapter
     timeout_s: float
     retries: int
     command: Sequence[str]
     stop: threading.Event = field(default_factory=threading.Event)
     downloads: list[Download] = field(default_factory=list)
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    reading: threading.Lock = field(default_factory=threading.Lock)
     _paces: dict[str, Pace] = field(default_factory=dict)
 
     def get(self, link: str, headers: Mapping[str, str], redirects: int) -> requests.Response:
@@ -1050,20 +1050,19 @@ class Workplace:
                 self.wait(delay_s)
             asked = time.monotonic()
             request = requests.Request("GET", link, headers).prepare()
-            how: dict[str, Any] = {"timeout": self.timeout_s, "proxies": proxies}
-            answer = self.adapter.send(request, stream=True, **how)
-            target = answer.headers["Location"] if redirects and answer.is_redirect else ""
+            reply = self.adapter.send(request, stream=True, timeout=self.timeout_s, proxies=proxies)
+            target = reply.headers["Location"] if redirects and reply.is_redirect else ""
             moved_to = urljoin(link, target.encode("latin-1").decode())
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
-        if (status := answer.status_code) not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
+        if (status := reply.status_code) not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
             pace.served(time.monotonic())
             if not target:
-                return answer
-            answer.close()
+                return reply
+            reply.close()
             return self.get(moved_to, headers, redirects - 1)
-        answer.close()
-        wait_s = retry_after_s(answer.headers)
+        reply.close()
+        wait_s = retry_after_s(reply.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
         is_sending = any(each.received and not each.waiting for each in self.active)
         pace.overloaded(time.monotonic(), asked, hold_s, is_sending)
@@ -1091,7 +1090,7 @@ class Workplace:
         try:
             while True:
                 self.wait(0)
-                with self.turn:  # the reader writes it to disk before another thread reads
+                with self.reading:  # the reader writes it to disk before another thread reads
                     if not is_encoded and (size := bytes_there(raw)) > TLS_RECORD_BYTES:
                         yield raw.read(min(size, READ_BYTES), decode_content=False)
                         continue
@@ -1145,7 +1144,7 @@ def api_secret() -> str:
     return os.environ.get("RUNWAYML_API_SECRET", "").strip()
 
 
-def fetch_fresh_link(task_id: str, place: Workplace) -> str:
+def fetch_fresh_link(task_id: str, session: Session) -> str:
     """A new link to the video of ``task_id`` (https://docs.dev.runwayml.com/api/).
 
     Raises `TransientError` where another try may help, else `TaskError`. Redirects are not
@@ -1154,12 +1153,12 @@ def fetch_fresh_link(task_id: str, place: Workplace) -> str:
     base_url = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
     headers = {"Authorization": f"Bearer {api_secret()}", "X-Runway-Version": "2024-11-06"}
     link = f"{base_url}/v1/tasks/{quote(task_id, '', errors='replace')}"
-    with place.get(link, headers, redirects=0) as response:
+    with session.get(link, headers, redirects=0) as response:
         status, body = response.status_code, b""
         if status != 200 and status not in RETRIED_STATUSES:
             raise TaskError(f"HTTP {status}", "see the task, and RUNWAYML_API_SECRET")
         check_status(status, response.headers)
-        for piece in place.chunks(response):
+        for piece in session.chunks(response):
             body += piece
             if len(body) >= BYTES_PER_MB:
                 break
@@ -1226,6 +1225,7 @@ class Outcome:
         return {**what, "size_bytes": self.size_bytes, **said, **more}
 
 
+# by statuses in their order; what is pending is not counted
 STATISTICS = dict(zip(Status, ("downloaded", "failed_downloads", "already_exists"), strict=False))
 
 
@@ -1249,9 +1249,9 @@ class Download:
     The live line looks at ``part``, ``received`` and ``waiting`` meanwhile.
     """
 
-    def __init__(self, plan: Plan, place: Workplace) -> None:
+    def __init__(self, plan: Plan, session: Session) -> None:
         self.received, self.waiting = 0, ""
-        self._plan, self._task, self._place = plan, plan.task, place
+        self._plan, self._task, self._session = plan, plan.task, session
         # the row's link, then "" when that is refused, then Runway's, which is not replaced
         self._link, self._is_fresh = plan.task.link, False
         self._hidden = hidden_path(plan.path.parent, plan.task.key)
@@ -1265,10 +1265,10 @@ class Download:
         keep = True
         try:
             self.part = PartFile.claim(self._hidden)
-            self._place.downloads.append(self)
+            self._session.downloads.append(self)
             try:
                 outcome, keep = self._act(), False
-                return hand_over(outcome, self._place)
+                return hand_over(outcome, self._session)
             finally:
                 self.part.release(keep)
         except TaskError as fault:
@@ -1316,7 +1316,7 @@ class Download:
 
     def _look(self, in_hand: bool) -> Outcome | None:
         """Plan by the directory as it is now; the outcome if the video is there already."""
-        self._plan = plan_task(self._task, self._place.shelf, in_hand)
+        self._plan = plan_task(self._task, self._session.index, in_hand)
         if self._plan.action is Action.KEEP:
             return self._outcome(Status.EXISTS, self._plan.size_bytes)
         return self._adopt() if self._plan.action is Action.ADOPT else None
@@ -1332,7 +1332,7 @@ class Download:
             hint = hint if self._task.task_id else "run the polling step again"
             raise LinkDead(self._dead.reason, hint, detail)
         try:
-            return fetch_fresh_link(self._task.task_id, self._place)
+            return fetch_fresh_link(self._task.task_id, self._session)
         except TransientError as error:
             error.reason = f"Runway API: {error.reason}"
             raise
@@ -1343,10 +1343,10 @@ class Download:
     def _transfer(self) -> Outcome | None:
         """Ask and receive, unless the answer shows that the file there is this task's own."""
         part, headers = self.part, {"Accept-Encoding": "identity"}
-        if part.source and part.size_bytes and self._failures <= self._place.retries:
+        if part.source and part.size_bytes and self._failures <= self._session.retries:
             self._ranges_work = self._ranges_work or False
             headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
-        with self._place.get(self._link, headers, redirects=30) as response:
+        with self._session.get(self._link, headers, redirects=30) as response:
             self.waiting = ""
             status, (start, total, source) = response.status_code, read_head(response)
             continues = 0 < part.size_bytes == start and source == part.source
@@ -1374,7 +1374,7 @@ class Download:
         """
         part, announced = self.part, response.raw.length_remaining
         self._length_matched, least = announced is not None, 1 if announced is None else announced
-        for data in self._place.chunks(response):
+        for data in self._session.chunks(response):
             part.write(data)
             self.received += len(data)
             if part.size_bytes > self._most_bytes:
@@ -1395,14 +1395,14 @@ class Download:
         uses_up = error.served_at <= min(self._failed_at, time.monotonic() - STILL_SERVING_S)
         self._failed_at = time.monotonic()
         # a last one asks for all, if ranges may be what fails here
-        if uses_up and self._failures >= self._place.retries + (self._ranges_work is False):
+        if uses_up and self._failures >= self._session.retries + (self._ranges_work is False):
             raise TaskError(error.reason, error.hint) from None
         self.waiting = error.reason
         self._notes[f"  🔁 Tried again: {error.reason}"] += 1
         failures = self._failures + 1 if uses_up else min(self._tries, 4)
         self._failures += uses_up
         self._tries += 1
-        self._place.wait(backoff_s(failures, error.wait_s, random.random()))
+        self._session.wait(backoff_s(failures, error.wait_s, random.random()))
 
     def _publish(self) -> Outcome:
         """Give the whole video its name, or another if that is taken by now."""
@@ -1431,7 +1431,7 @@ class Download:
         path, metadata = self._plan.path, self._plan.path.with_suffix(".json")
         if os.path.lexists(path):
             raise FileExistsError
-        is_new = put_metadata(metadata, self._task, path.name, info, bool(self._place.command))
+        is_new = put_metadata(metadata, self._task, path.name, info, bool(self._session.command))
         try:
             publish(self.part.path, path, replaces=False)
             if not (self.part.is_at(self.part.path) or self.part.is_at(path)):
@@ -1464,16 +1464,16 @@ class Download:
 # --- Handing over: the command that takes each new video on -----------------------------------
 
 
-def hand_over(outcome: Outcome, place: Workplace) -> Outcome:
+def hand_over(outcome: Outcome, session: Session) -> Outcome:
     """Run the command if the metadata says that the video is still to be handed over.
 
     The metadata then says that it was: at least once, since a kill may come in between.
     """
-    path, command = outcome.path.with_suffix(".json"), place.command
+    path, command = outcome.path.with_suffix(".json"), session.command
     if not command or outcome.fault or not is_waiting(path):
         return outcome
     try:
-        run_command(place, {"{video}": outcome.path, "{metadata}": path})
+        run_command(session, {"{video}": outcome.path, "{metadata}": path})
         with disk_errors("record that it was handed over"):
             if old := read_metadata(path):  # the command may have moved it
                 new = encode_metadata(old | {"handed_over": True})
@@ -1490,23 +1490,23 @@ def is_waiting(metadata: Path) -> bool:
     return read_metadata(metadata).get("handed_over") is False
 
 
-def run_command(place: Workplace, paths: Mapping[str, Path]) -> None:
+def run_command(session: Session, paths: Mapping[str, Path]) -> None:
     """Run the command without a shell and without the API key; raises `TaskError`, `Cancelled`.
 
     ``paths`` go in, as absolute ones, for the ``{word}`` that is their key.
     """
     either = re.compile("|".join(paths))
-    words = [either.sub(lambda key: str(paths[key[0]].absolute()), word) for word in place.command]
+    words = [either.sub(lambda key: str(paths[key[0]].absolute()), w) for w in session.command]
     clean = {key: value for key, value in os.environ.items() if key != "RUNWAYML_API_SECRET"}
     none, both = subprocess.DEVNULL, subprocess.STDOUT
     said = why = ""
     try:
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(words, stdin=none, stdout=output, stderr=both, env=clean)
-            while process.poll() is None and not place.stop.wait(TICK_S / 5):
+            while process.poll() is None and not session.stop.wait(TICK_S / 5):
                 pass
             process.terminate()  # where it has not ended, but the run does
-            place.wait(TICK_S if process.returncode else 0)  # Ctrl-C may have ended both
+            session.wait(TICK_S if process.returncode else 0)  # Ctrl-C may have ended both
             why = f"exit code {process.returncode}" if process.returncode else ""
             output.seek(0)
             said = b"".join(deque(output, maxlen=1)).decode(errors="replace").strip()[:200]
@@ -1582,16 +1582,17 @@ def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
     return [*lines, "", verdict] if bad and total > 1 else lines
 
 
-def progress_parts(total: int, done: int, place: Workplace, for_s: float) -> list[str]:
+def progress_parts(total: int, done: int, session: Session, for_s: float) -> list[str]:
     """How far a run of ``total`` tasks is after ``for_s`` seconds, the most important part first.
 
     ``done`` of them have an outcome.
     """
-    active, received = place.active, sum(each.received for each in place.downloads) / BYTES_PER_MB
+    active, begun = session.active, session.downloads
+    received = sum(each.received for each in begun) / BYTES_PER_MB
     waiting = [f"🔁 {each.waiting}" for each in active if each.waiting]
     parts = [f"⏬ {done:,}/{total:,}", *waiting[-1:], f"{received:.1f} MB"]
     in_hand = sum(each.part.share for each in active)  # in videos, as what follows
-    had, to_do = len(place.downloads) - len(active) + in_hand, max(0.0, total - done - in_hand)
+    had, to_do = len(begun) - len(active) + in_hand, max(0.0, total - done - in_hand)
     if received and had > 0 and len(waiting) < len(active):
         left = timedelta(seconds=round(min(for_s * to_do / had, 359_999)))
         parts += [f"{received / for_s:.1f} MB/s", f"{left} left"]
@@ -1644,7 +1645,7 @@ class Console:
 # --- The run: work in parallel, report as it ends ---------------------------------------------
 
 
-class Crew:
+class WorkerPool:
     """Worker threads that do one job each from start to end, led by the thread that made them.
 
     They are daemons: no exit waits for one that waits for a server. Jobs in other hands, whose
@@ -1652,12 +1653,12 @@ class Crew:
     for, or none, will do.
     """
 
-    def __init__(self, place: Workplace, jobs: Sequence[Plan], workers: int) -> None:
-        self.left, self.held, self._place, self._threads = len(jobs), set[str](), place, 0
+    def __init__(self, session: Session, jobs: Sequence[Plan], workers: int) -> None:
+        self.left, self.held, self._session, self._threads = len(jobs), set[str](), session, 0
         self._todo, self._done = deque(jobs), SimpleQueue[Outcome | DownloaderError]()
         with contextlib.suppress(RuntimeError):  # the system gives no more
             while self._threads < min(workers, self.left):
-                threading.Thread(target=self._labour, daemon=True).start()
+                threading.Thread(target=self._run_jobs, daemon=True).start()
                 self._threads += 1
 
     def results(self, until: float = math.inf) -> Iterator[Outcome | DownloaderError | None]:
@@ -1668,23 +1669,23 @@ class Crew:
                 ticked = now
                 yield None
             if not self._threads:
-                self._labour()
+                self._run_jobs()
             with contextlib.suppress(Empty):
                 result = self._done.get(timeout=TICK_S)
                 self.left -= 1
                 yield result
 
-    def _labour(self) -> None:
+    def _run_jobs(self) -> None:
         with contextlib.suppress(IndexError):  # no job is left but what other threads will end
             while True:
                 job = self._todo.popleft()
                 try:
-                    self._place.wait(0)
-                    result: Outcome | DownloaderError = Download(job, self._place).run()
+                    self._session.wait(0)
+                    result: Outcome | DownloaderError = Download(job, self._session).run()
                 except InOtherHands:
                     self.held.add(job.task.key)
                     self._todo.append(job)
-                    self._place.stop.wait(TICK_S)
+                    self._session.stop.wait(TICK_S)
                     continue
                 except DownloaderError as error:
                     result = error
@@ -1813,8 +1814,8 @@ class VideoDownloader:
         """Bring ``tasks`` to disk; how many are there. Raises `JobError`, KeyboardInterrupt."""
         self.stats["total_succeeded"] += len(tasks)
         self._total, self._before = len(tasks), len(self.outcomes)
-        shelf, jobs = Shelf.scan(self._directory), list[Plan]()
-        for plan in plan_all(tasks, shelf):
+        index, jobs = Index.scan(self._directory), list[Plan]()
+        for plan in plan_all(tasks, index):
             is_due = self.command and is_waiting(plan.path.with_suffix(".json"))
             if plan.action is not Action.KEEP or is_due:
                 jobs.append(plan)
@@ -1824,47 +1825,47 @@ class VideoDownloader:
         if (more := len(tasks) - len(jobs) - EXISTING_SHOWN) > 0:
             self._console.say("", f"  ⚠️ … and {more:,} more that already exist")
         if jobs:
-            self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), shelf)
+            self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), index)
         failed = count_outcomes(self.outcomes[self._before :])["failed_downloads"]
         if not failed:
-            sweep(self._directory, shelf.names, tasks)
+            sweep(self._directory, index.names, tasks)
         return len(tasks) - failed
 
-    def _work(self, jobs: Sequence[Plan], shelf: Shelf) -> None:
+    def _work(self, jobs: Sequence[Plan], index: Index) -> None:
         """Carry ``jobs`` out in worker threads; report each in this one."""
         if (process := os.getpid()) not in self._adapters:  # a fork copies open connections
             self._adapters = {process: SharedContextAdapter(self.workers, self.workers)}
         adapter = self._adapters[process]
-        place = Workplace(shelf, adapter, self.timeout, self.retries, self.command)
+        session = Session(index, adapter, self.timeout, self.retries, self.command)
         try:
-            self._lead(Crew(place, jobs, self.workers), place)
+            self._lead(WorkerPool(session, jobs, self.workers), session)
         except JobError:  # make room, of what workers still hold as well
-            for each in place.active:
+            for each in session.active:
                 remove_part(each.part.path)
             with contextlib.suppress(OSError):  # the directory itself may be gone
                 sweep(self._directory, os.listdir(self._directory), [job.task for job in jobs])
             raise
 
-    def _lead(self, crew: Crew, place: Workplace) -> None:
-        """Report what the ``crew`` does; have it end soon if anything is wrong."""
+    def _lead(self, pool: WorkerPool, session: Session) -> None:
+        """Report what the ``pool`` does; have it end soon if anything is wrong."""
         started, told = time.monotonic(), False
         try:
-            for result in crew.results():
+            for result in pool.results():
                 if isinstance(result, JobError):
                     raise result
                 if isinstance(result, Outcome):
                     self._record(result)
                     continue
                 done, for_s = len(self.outcomes) - self._before, time.monotonic() - started
-                parts = progress_parts(self._total, done, place, for_s)
-                if crew.left == len(crew.held) and not place.active:
-                    waiting = f"⏳ Waiting for {counted(crew.left)} that another run has in hand"
+                parts = progress_parts(self._total, done, session, for_s)
+                if pool.left == len(pool.held) and not session.active:
+                    waiting = f"⏳ Waiting for {counted(pool.left)} that another run has in hand"
                     self._console.say(*([] if told else ["", waiting]))
                     parts, told = [parts[0], waiting], True
                 self._console.show_progress(parts)
         finally:
-            place.stop.set()
-            for result in crew.results(time.monotonic() + STOP_GRACE_S):
+            session.stop.set()
+            for result in pool.results(time.monotonic() + STOP_GRACE_S):
                 if isinstance(result, Outcome):
                     self._record(result)
             self._console.show_progress([])
@@ -1907,7 +1908,7 @@ def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], lis
 def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> list[Outcome]:
     """List what a run would do, soonest to expire first; no request, nothing written."""
     counts = Counter({"to do": 0, "expired": 0, "already there": 0})
-    plans = plan_all(tasks, Shelf.scan(directory))
+    plans = plan_all(tasks, Index.scan(directory))
     found = list[Outcome]()
     for plan in sorted(plans, key=lambda plan: link_expiry(plan.task.link)):
         expiry, is_there = link_expiry(plan.task.link), plan.action in (Action.KEEP, Action.ADOPT)
@@ -1932,9 +1933,9 @@ def verify(directory: Path, console: Console) -> list[Outcome]:
     """Check every video that has metadata, and name those that have none; no request."""
     if not os.path.lexists(directory):
         raise JobError(f"the output directory {printable(directory.absolute())} is not there")
-    shelf = Shelf.scan(directory)
-    outcomes = [check_video(directory / f"{stub}.mp4", info) for stub, info in shelf.described()]
-    names = {name for name in shelf.names if name.endswith(".mp4") and name[0] != "."}
+    index = Index.scan(directory)
+    outcomes = [check_video(directory / f"{stub}.mp4", info) for stub, info in index.described()]
+    names = {name for name in index.names if name.endswith(".mp4") and name[0] != "."}
     alone = names - {outcome.path.name for outcome in outcomes}
     if alone:
         console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(alone))}")
@@ -2028,7 +2029,7 @@ def write_gallery(directory: Path, console: Console) -> None:
     Leaves a page alone that is not this script's, and says so; raises `DownloaderError`.
     """
     page, mark = directory / GALLERY_NAME, b'content="download_succeeded_videos"'
-    pairs = [(directory / f"{stub}.mp4", info) for stub, info in Shelf.scan(directory).described()]
+    pairs = [(directory / f"{stub}.mp4", info) for stub, info in Index.scan(directory).described()]
     pairs.sort(key=lambda pair: text_of(pair[1], "download_timestamp"), reverse=True)
     cards = [gallery_card(*pair) for pair in pairs if file_bytes(pair[0])]
     text = GALLERY_PAGE.replace("$n", str(len(cards))).replace("$cards", "".join(cards))
