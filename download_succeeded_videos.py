@@ -541,16 +541,16 @@ def owner_key(metadata: Object) -> str:
 def put_metadata(path: Path, task: Task, name: str, info: Object, is_due: bool = False) -> bool:
     """Have ``path`` describe the video ``name``; whether it was not there before.
 
-    What is there and does so is left as it is. Raises FileExistsError for a file that is
-    another task's or another program's.
+    What is there and the task's is left as it is, but for what has changed. Raises
+    FileExistsError for a file that is another task's or another program's.
     """
     there = read_metadata(path)
     is_ours = owner_key(there) == task.key != ""
-    if is_ours and there.get("file_info") == info and not is_due:
+    metadata = there if is_ours else build_metadata(task, name, info, datetime.now())
+    changed = {"file_info": {**as_object(metadata.get("file_info")), **info}}
+    metadata = metadata | changed | ({"handed_over": False} if is_due else {})
+    if metadata == there:
         return False
-    metadata = build_metadata(task, name, info, datetime.now())
-    if is_due or there.get("handed_over") is False:
-        metadata["handed_over"] = False
     write_whole(path, encode_metadata(metadata), task.key, replaces=is_ours)
     return not is_ours
 
@@ -1410,8 +1410,6 @@ class Download:
             os.fsync(self.part.file.fileno())
             info = file_info(self.part.file, self.part.sha256)
         for _ in range(NAME_TRIES):
-            if not self.part.is_intact():
-                break
             with contextlib.suppress(FileExistsError), disk_errors("put the video in place"):
                 self._put_in_place(info)
                 return self._outcome(Status.DOWNLOADED, info["size_bytes"])
@@ -1433,11 +1431,13 @@ class Download:
             raise FileExistsError
         is_new = put_metadata(metadata, self._task, path.name, info, bool(self._session.command))
         try:
+            if not self.part.is_intact():
+                raise TransientError(CHANGED_MEANWHILE)
             publish(self.part.path, path, replaces=False)
             if not (self.part.is_at(self.part.path) or self.part.is_at(path)):
                 remove(path)  # somebody changed what the hidden name stands for
                 raise FileExistsError
-        except OSError:
+        except (OSError, TransientError):
             if is_new and file_bytes(path) != info["size_bytes"]:  # else it describes that one
                 remove(metadata)
             raise
@@ -1469,15 +1469,16 @@ def hand_over(outcome: Outcome, session: Session) -> Outcome:
 
     The metadata then says that it was: at least once, since a kill may come in between.
     """
-    path, command = outcome.path.with_suffix(".json"), session.command
+    path, command, key = outcome.path.with_suffix(".json"), session.command, outcome.task.key
     if not command or outcome.fault or not is_waiting(path):
         return outcome
     try:
         run_command(session, {"{video}": outcome.path, "{metadata}": path})
         with disk_errors("record that it was handed over"):
-            if old := read_metadata(path):  # the command may have moved it
-                new = encode_metadata(old | {"handed_over": True})
-                write_whole(path, new, outcome.task.key, replaces=True)
+            if not is_waiting(path):  # the command may have renamed or moved it
+                path = path.with_name(f"{Index.scan(path.parent).homes.get(key, '')}.json")
+            if old := read_metadata(path):
+                write_whole(path, encode_metadata(old | {"handed_over": True}), key, replaces=True)
     except Cancelled:  # the next run hands it over
         return outcome
     except TaskError as fault:
@@ -1628,10 +1629,8 @@ class Console:
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, LookupError):
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
         if columns and not self._quiet:
-            live = "  ".join(parts)[
-                : max(0, columns - 3)
-            ]  # emoji, two at most, are two columns wide
-            self._put(sys.stderr, f"\r\x1b[K{live}")
+            # emoji, two at most, are two columns wide
+            self._put(sys.stderr, "\r\x1b[K" + "  ".join(parts)[: max(0, columns - 3)])
         elif parts and time.monotonic() - self._printed >= SILENCE_S:
             self.say("  ".join(parts))
 

@@ -795,7 +795,8 @@ def test_a_whole_video_under_a_name_with_the_id_is_adopted(tmp_path: Path, cdn: 
 def test_a_lost_video_comes_back_and_its_metadata_stays_as_it_is(tmp_path: Path, cdn: Cdn) -> None:
     rows, output_dir = serve(cdn, 1), tmp_path / "video_outputs"
     run_for(tmp_path, *rows)
-    before = (output_dir / "picture_0.json").read_bytes()
+    before = (output_dir / "picture_0.json").read_bytes().replace(b'"sha', b'"rated": 5, "sha')
+    (output_dir / "picture_0.json").write_bytes(before)
     (output_dir / "picture_0.mp4").unlink()
     assert run_for(tmp_path, *rows)["stats"] == figures(total_succeeded=1, downloaded=1)
     assert (output_dir / "picture_0.json").read_bytes() == before
@@ -1920,6 +1921,7 @@ def test_what_others_did_leaves_nothing_hidden_behind(meddled_run: TableRun) -> 
 LAST_MOMENT = {  # which link is about to be made, the name that is taken, what follows
     "final": ("count == 2", "arguments[1]", "pass", "--retries=0"),
     "hidden": ("count == 2", "(arguments[0].unlink() or arguments[0])", "pass", "--retries=1"),
+    "hidden-cut": ("count == 1", "next(arguments[0].parent.glob('.*t'))", "pass", "--retries=1"),
     "before-a-kill": ("count == 1", "arguments[1].with_suffix('.mp4')", KILL, "--retries=0"),
 }
 
@@ -1928,7 +1930,7 @@ LAST_MOMENT = {  # which link is about to be made, the name that is taken, what 
 def test_a_name_taken_at_the_last_moment(cdn: Cdn, tmp_path: Path, name: str) -> None:
     condition, taken, then, option = LAST_MOMENT[name]
     env = sabotage(tmp_path / "s", condition, f"{taken}.write_bytes({WHOLE!r}); {then}", "os.link")
-    task_id, rows, is_final = make_task_id(0), serve(cdn, 1), name != "hidden"
+    task_id, rows, is_final = make_task_id(0), serve(cdn, 1), "hidden" not in name
     runs = [download(tmp_path, rows, option, run=run_process, env=each) for each in (env, {})]
     assert [run.returncode for run in runs] == [-signal.SIGKILL if then == KILL else 0, 0]
     output_dir = tmp_path / "video_outputs"
@@ -2684,8 +2686,9 @@ def test_exec_killed_with_the_run_is_done_by_the_next(tmp_path: Path, cdn: Cdn) 
     write_results(tmp_path, serve(cdn, 1))
     kill = make_recorder(tmp_path, "os.kill(os.getppid(), 9)")
     assert run_process(tmp_path, "--exec", kill).returncode == -signal.SIGKILL
+    rename = "[os.rename(p, p.replace('picture', 'sent')) for p in (sys.argv[1], sys.argv[2][7:])]"
     for _ in range(2):
-        assert run_script(tmp_path, "--exec", make_recorder(tmp_path)).returncode == 0
+        assert run_script(tmp_path, "--exec", make_recorder(tmp_path, rename)).returncode == 0
     assert len(read_calls(tmp_path)) == 2
     assert len(cdn.requests) == 1
 
