@@ -1678,22 +1678,24 @@ class WorkerPool:
         with contextlib.suppress(IndexError):  # no job is left but what other threads will end
             while True:
                 job = self._todo.popleft()
-                try:
-                    self._session.wait(0)
-                    result: Outcome | DownloaderError = Download(job, self._session).run()
-                except InOtherHands:
+                if isinstance(result := self._run_job(job), InOtherHands):
                     self.held.add(job.task.key)
                     self._todo.append(job)
                     self._session.stop.wait(TICK_S)
-                    continue
-                except DownloaderError as error:
-                    result = error
-                except Exception as error:  # or this thread would end, and the run wait for ever
-                    reason = f"unexpected {type(error).__name__}: {printable(error)}"
-                    fault = TaskError(reason, "please report it")
-                    result = Outcome(job.task, Status.FAILED, job.path, fault=fault)
-                self.held.discard(job.task.key)
-                self._done.put(result)
+                else:
+                    self.held.discard(job.task.key)
+                    self._done.put(result)
+
+    def _run_job(self, job: Plan) -> Outcome | DownloaderError:
+        try:
+            self._session.wait(0)
+            return Download(job, self._session).run()
+        except DownloaderError as error:
+            return error
+        except Exception as error:  # or this thread would end, and the run wait for ever
+            reason = f"unexpected {type(error).__name__}: {printable(error)}"
+            fault = TaskError(reason, "please report it")
+            return Outcome(job.task, Status.FAILED, job.path, fault=fault)
 
 
 @dataclass(eq=False)
