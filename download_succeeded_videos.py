@@ -279,7 +279,7 @@ _MADE_FIELDS = ("task_id", "target_filename_stub", "image_path", "prompt")
 TEXT_FIELDS = (*_MADE_FIELDS, "timestamp", "completion_time", "status")
 EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")
 _LINK = re.compile(  # [user@]host[:port], then path, query, fragment or nothing
-    r"(?i)https?://([^/?#@]*@)?(\[[0-9a-f:.]+\]|[^/?#@:\[\]\\ ]+)(:[0-9]{1,5})?([/?#][^\\ ]*)?"
+    r"(?i)https?://([^/?#@ ]*@)?(\[[0-9a-f:.]+\]|[^/?#@:\[\]\\ ]+)(:[0-9]{1,5})?([/?#][^\\ ]*)?"
 )
 
 
@@ -955,6 +955,9 @@ def check_status(status: int, headers: Mapping[str, str]) -> None:
         raise LinkDead("the link was refused", "run again later", f"HTTP {status}")
     if status not in (200, 206):
         raise TaskError(f"the server answered HTTP {status}", "run the polling step again")
+    # http.client takes chunks for the body where this is spelled in another way
+    if headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+        raise TransientError("the answer has an unknown Transfer-Encoding")
 
 
 # --- Asking servers: one TLS context, a pace for all, and an eye on the rate ------------------
@@ -978,7 +981,8 @@ class SharedContextAdapter(requests.adapters.HTTPAdapter):
         super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        return super().proxy_manager_for(proxy, ssl_context=self._context, **kwargs)
+        both = {"ssl_context": self._context, "proxy_ssl_context": self._context}
+        return super().proxy_manager_for(proxy, **both, **kwargs)
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Add nothing: the context holds the bundle and asks for a good certificate."""
@@ -1041,7 +1045,8 @@ class Session:
         """The head of the answer, when it is this request's turn, after so many ``redirects``.
 
         They are followed here, as requests would read their bodies, however long. Raises
-        `TransientError` for 429 and 503, and what `explain` makes of other faults.
+        `TransientError` for 429 and 503 (RFC 6585, 4; RFC 9110, 15.6.4), and what `explain` makes
+        of other faults.
         """
         try:
             pace = self._paces.setdefault(urlsplit(link).netloc, Pace())
@@ -1051,17 +1056,16 @@ class Session:
             asked = time.monotonic()
             request = requests.Request("GET", link, headers).prepare()
             reply = self.adapter.send(request, stream=True, timeout=self.timeout_s, proxies=proxies)
-            target = reply.headers["Location"] if redirects and reply.is_redirect else ""
+            target = reply.headers["Location"].strip() if redirects and reply.is_redirect else ""
             moved_to = urljoin(link, target.encode("latin-1").decode())
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
-        if (status := reply.status_code) not in (429, 503):  # RFC 6585, 4; RFC 9110, 15.6.4
+        if not target and (status := reply.status_code) not in (429, 503):
             pace.served(time.monotonic())
-            if not target:
-                return reply
-            reply.close()
-            return self.get(moved_to, headers, redirects - 1)
+            return reply
         reply.close()
+        if target:
+            return self.get(moved_to, headers, redirects - 1)
         wait_s = retry_after_s(reply.headers)
         hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
         is_sending = any(each.received and not each.waiting for each in self.active)
@@ -1097,9 +1101,9 @@ class Session:
                 if not (data := read(most, decode_content=is_encoded)):
                     return
                 yield data
-                if (now := time.monotonic()) - since >= self.timeout_s:
+                if (now := time.monotonic()) - since >= self.timeout_s / 2:
                     if raw.tell() - before < STALL_BYTES_PER_SECOND * (now - since):
-                        raise TransientError(f"stalled: under 1 kB/s for {self.timeout_s:g} s")
+                        raise TransientError(f"stalled: under 1 kB/s for {self.timeout_s / 2:g} s")
                     since, before = now, raw.tell()
         except NETWORK_ERRORS as error:
             raise explain(error, self.timeout_s) from None
@@ -1124,6 +1128,7 @@ NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSErr
 def explain(error: BaseException | None, timeout_s: float) -> TaskError:
     """A library's exception in our words: theirs may hold the link, query and all."""
     is_refused = re.search("verify failed|n't match", str(error))
+    is_proxy = isinstance(error, requests.exceptions.ProxyError)
     if isinstance(error, requests.exceptions.SSLError) and is_refused:
         return TaskError("the server's certificate is not trusted", "set REQUESTS_CA_BUNDLE")
     if isinstance(error, ValueError) and not isinstance(error, requests.exceptions.InvalidHeader):
@@ -1134,7 +1139,7 @@ def explain(error: BaseException | None, timeout_s: float) -> TaskError:
         if isinstance(error, OSError) and error.strerror and error.errno:
             return TransientError(f"the connection failed: {error.strerror}")
         error = error.__cause__ or error.__context__
-    return TransientError("the connection was cut")
+    return TransientError("the proxy did not connect" if is_proxy else "the connection was cut")
 
 
 # --- The Runway API: a fresh link for a dead one ----------------------------------------------
@@ -1364,10 +1369,10 @@ class Download:
                 self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
             else:
                 part.restart(source)
-            self._receive(response)
+            self._receive(response, total)
         return None
 
-    def _receive(self, response: requests.Response) -> None:
+    def _receive(self, response: requests.Response, total: int) -> None:
         """Write the body to the part and count it against what the head announced.
 
         Where it announced nothing, and nothing came, the head was cut.
@@ -1379,7 +1384,7 @@ class Download:
             self.received += len(data)
             if part.size_bytes > self._most_bytes:
                 self._most_bytes, self._failures = part.size_bytes, 0
-        if least > response.raw.tell() or (part.source and part.share < 1):
+        if least > response.raw.tell() or 0 < total != part.size_bytes:
             raise TransientError("the connection was cut")
 
     def _back_off(self, error: TransientError) -> None:
@@ -1403,6 +1408,8 @@ class Download:
         self._failures += uses_up
         self._tries += 1
         self._session.wait(backoff_s(failures, error.wait_s, random.random()))
+        if uses_up:
+            self._session.adapter.close()  # connections that idle may be dead as well
 
     def _publish(self) -> Outcome:
         """Give the whole video its name, or another if that is taken by now."""
@@ -1588,12 +1595,11 @@ def progress_parts(total: int, done: int, session: Session, for_s: float) -> lis
 
     ``done`` of them have an outcome.
     """
-    active, begun = session.active, session.downloads
-    received = sum(each.received for each in begun) / BYTES_PER_MB
+    active, received = session.active, sum(d.received for d in session.downloads) / BYTES_PER_MB
     waiting = [f"🔁 {each.waiting}" for each in active if each.waiting]
     parts = [f"⏬ {done:,}/{total:,}", *waiting[-1:], f"{received:.1f} MB"]
     in_hand = sum(each.part.share for each in active)  # in videos, as what follows
-    had, to_do = len(begun) - len(active) + in_hand, max(0.0, total - done - in_hand)
+    had, to_do = len(session.downloads) - len(active) + in_hand, max(0.0, total - done - in_hand)
     if received and had > 0 and len(waiting) < len(active):
         left = timedelta(seconds=round(min(for_s * to_do / had, 359_999)))
         parts += [f"{received / for_s:.1f} MB/s", f"{left} left"]
@@ -1937,8 +1943,7 @@ def verify(directory: Path, console: Console) -> list[Outcome]:
     index = Index.scan(directory)
     outcomes = [check_video(directory / f"{stub}.mp4", info) for stub, info in index.described()]
     names = {name for name in index.names if name.endswith(".mp4") and name[0] != "."}
-    alone = names - {outcome.path.name for outcome in outcomes}
-    if alone:
+    if alone := names - {outcome.path.name for outcome in outcomes}:
         console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(alone))}")
         console.say(*(f"    {printable(name)}" for name in shortened(sorted(alone), NAMES_SHOWN)))
     bad = count_outcomes(outcomes)["failed_downloads"]
@@ -2189,10 +2194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         error = do(options, console, outcomes, stats)
         exit_code = 3 if error or any(outcome.fault for outcome in outcomes) else 0
-    except DownloaderError as fatal:
-        exit_code, error = 1, printable(fatal)
-    except OSError as fatal:
-        exit_code, error = 1, f"{fatal.strerror}: is the current directory still there?"
+    except (DownloaderError, OSError) as fatal:  # OSError: the current directory is gone
+        exit_code, error = 1, printable(getattr(fatal, "strerror", fatal))
     except KeyboardInterrupt as interrupt:
         number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
         exit_code, error = 128 + number, f"stopped by {number.name}, run again to go on"

@@ -470,7 +470,7 @@ def test_odd_rows_are_named_unfinished_ones_counted_others_served(tmp_path: Path
 UNUSABLE_LINKS = [
     None, "", 5, ["https://cdn.invalid/a.mp4"], "cdn.invalid/a.mp4", "ftp://cdn.invalid/a.mp4",
     "file:///etc/passwd", "javascript:alert(1)", "https:///a.mp4", "https://?_jwt=a",
-    "https://u:p@/a.mp4", "https://cdn.invalid:8x/a.mp4",
+    "https://u:p@/a.mp4", "https://u s:p@cdn.invalid/a", "https://cdn.invalid:8x/a.mp4",
     "https://[cdn]/a.mp4", "https://cdn.invalid/a b.mp4", "https://cdn.invalid/a\r\nHeader: b",
     "https://cdn.invalid/\x1b[31m", "https://cdn.invalid/\0", "https://cdn.invalid\\a.mp4",
     "https://cdn.invalid/\ud800.mp4",
@@ -952,6 +952,7 @@ def test_refusals_cost_no_try_while_others_are_served(tmp_path: Path, cdn: Cdn, 
     rows = serve(cdn, 1 + len(others), size=2 * SMALL)
     cdn.replies |= {f"/{i}.mp4": [reply] for i, reply in enumerate(others, 1)}
     cdn.replies["/0.mp4"] = [*[Reply(status=503, wait_s=0.2)] * 2, Reply()]
+    rows[0]["video_url"] = cdn.add("moved", b"", headed("Location", "0.mp4", status=302))
     write_results(tmp_path, rows)
     assert run_json(tmp_path, "--retries", "0")["stats"]["failed_downloads"] == (not is_free)
 
@@ -1259,6 +1260,8 @@ REPLY_TABLE: dict[str, tuple[Sequence[Reply], int, str]] = {
     "gzip": ([headed("Content-Encoding", "gzip", body=GZIPPED)], 1, ""),
     "gzip-and-cut": ([headed("Content-Encoding", "gzip", body=GZIPPED, send=HALF), GOOD], 2, ""),
     "length-too-short": ([headed("Content-Length", str(HALF)), GOOD], 2, ""),
+    "less": ([Reply(206, WHOLE, {"ETag": None, "Content-Range": "bytes 0-98/99"}), GOOD], 2, ""),
+    "unknown-framing": ([headed("Transfer-Encoding", "identity, chunked"), GOOD], 2, ""),
     "206-unasked": ([headed("Content-Range", "bytes 9-50000/100000", status=206), GOOD], 2, ""),
 }  # fmt: skip
 
@@ -1333,6 +1336,12 @@ def test_retry_after_is_honoured(reply_run: TableRun) -> None:
     assert second.at - first.at >= 1
 
 
+def test_a_retry_takes_no_idle_connection(cdn: Cdn, tmp_path: Path) -> None:
+    rows = [*serve(cdn, 1, Reply(send=HALF), GOOD), make_row(1, video_url=cdn.add("1.mp4", OTHER))]
+    assert download(tmp_path, rows).returncode == 0
+    assert len({request.client for request in cdn.requests}) == 3  # those that idle may be dead
+
+
 def test_an_absurd_length_is_a_cut_connection(cdn: Cdn, tmp_path: Path) -> None:
     slow = headed("Content-Length", str(10**19), send=HALF, bytes_per_second=2 * HALF)
     write_results(tmp_path, [make_row(video_url=cdn.add("0.mp4", OBJECT, slow))])
@@ -1347,12 +1356,8 @@ def box(kind: bytes, payload: bytes = b"", size: int | None = None) -> bytes:
 
 
 FTYP = box(b"ftyp", b"isom\0\0\2\0isomiso2")
-BOXES = [
-    FTYP,
-    box(b"mdat", struct.pack(">Q", 21) + b"12345", size=1),
-    box(b"free"),
-    box(b"moov", b"123"),
-]
+LONG_BOX = box(b"mdat", struct.pack(">Q", 21) + b"12345", size=1)
+BOXES = [FTYP, LONG_BOX, box(b"free"), box(b"moov", b"123")]
 CUTS = {size: b"".join(BOXES)[:size] for size in range(1, 1 + sum(map(len, BOXES)))}
 CONTENTS: dict[str, tuple[bytes, bool, str]] = {
     "whole": (WHOLE, True, ""),
