@@ -1180,6 +1180,7 @@ def test_threads_on_one_downloader_give_each_task_its_own_name(tmp_path: Path, c
 
 
 @unix_only
+@pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_fork_has_connections_of_its_own(tmp_path: Path, cdn: Cdn) -> None:
     downloader, rows = make_downloader(tmp_path), serve(cdn, 2)
     assert downloader.process_succeeded_task(rows[0])
