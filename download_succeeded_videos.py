@@ -981,8 +981,7 @@ class SharedContextAdapter(requests.adapters.HTTPAdapter):
         super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        both = {"ssl_context": self._context, "proxy_ssl_context": self._context}
-        return super().proxy_manager_for(proxy, **both, **kwargs)
+        return super().proxy_manager_for(proxy, ssl_context=self._context, **kwargs)
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
         """Add nothing: the context holds the bundle and asks for a good certificate."""
@@ -1802,7 +1801,7 @@ class VideoDownloader:
         """Print the summary of everything done so far, the videos there, and what failed."""
         self._console.say(*statistics_lines(self.stats))
         self._console.say(*storage_lines(self._directory, self.outcomes))
-        last = {each.task.key or str(each.path): each for each in self.outcomes}
+        last = {each.task.key or id(each): each for each in self.outcomes}
         self._console.complain(*failure_lines([*last.values()]))
 
     # The run
