@@ -872,13 +872,13 @@ def test_a_short_id_within_a_name_is_no_claim_to_it(tmp_path: Path, cdn: Cdn) ->
 
 
 def test_a_row_without_id_and_link_takes_nothing(tmp_path: Path, cdn: Cdn) -> None:
-    report = run_for(tmp_path, make_row(task_id=None, video_url=None), **{"picture_0.mp4": WHOLE})
-    assert report["stats"] == figures(total_succeeded=1, failed_downloads=1)
-    assert "run the polling step again" in report["console"]
+    row = make_row(task_id=None, video_url=None)
+    report = run_for(tmp_path, row, row, **{"picture_0.mp4": WHOLE})
+    assert report["stats"] == figures(total_succeeded=2, failed_downloads=2)
+    assert re.search("❌ 2 videos(?s:.*)run the polling step again", report["console"])
     assert names_in(tmp_path / "video_outputs") == {"picture_0.mp4"}
-    env = {"RUNWAYML_API_SECRET": "key", "RUNWAYML_BASE_URL": cdn.url}
-    assert run_script(tmp_path, env=env).returncode == 3
-    assert cdn.requests == []
+    key = {"RUNWAYML_API_SECRET": "key", "RUNWAYML_BASE_URL": cdn.url}
+    assert (run_script(tmp_path, env=key).returncode, cdn.requests) == (3, [])
 
 
 def owners(directory: Path) -> dict[str, str]:
