@@ -1598,7 +1598,8 @@ def progress_parts(total: int, done: int, session: Session, for_s: float) -> lis
     waiting = [f"🔁 {each.waiting}" for each in active if each.waiting]
     parts = [f"⏬ {done:,}/{total:,}", *waiting[-1:], f"{received:.1f} MB"]
     in_hand = sum(each.part.share for each in active)  # in videos, as what follows
-    had, to_do = len(session.downloads) - len(active) + in_hand, max(0.0, total - done - in_hand)
+    had = in_hand + sum(d.received > 0 and d.part.file.closed for d in session.downloads)
+    to_do = max(0.0, total - done - in_hand)
     if received and had > 0 and len(waiting) < len(active):
         left = timedelta(seconds=round(min(for_s * to_do / had, 359_999)))
         parts += [f"{received / for_s:.1f} MB/s", f"{left} left"]
@@ -1938,7 +1939,7 @@ def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> list[Ou
 def verify(directory: Path, console: Console) -> list[Outcome]:
     """Check every video that has metadata, and name those that have none; no request."""
     if not os.path.lexists(directory):
-        raise JobError(f"the output directory {printable(directory.absolute())} is not there")
+        raise JobError(f"{printable(directory.absolute())} is not there: see --output-dir")
     index = Index.scan(directory)
     outcomes = [check_video(directory / f"{stub}.mp4", info) for stub, info in index.described()]
     names = {name for name in index.names if name.endswith(".mp4") and name[0] != "."}
@@ -1955,10 +1956,10 @@ def check_video(path: Path, metadata: Object) -> Outcome:
     """Hold the video ``path`` against its ``metadata``."""
     task = task_from_row(as_object(metadata.get("runway_task_json")))
     info, size = as_object(metadata.get("file_info")), file_bytes(path)
-    fault, hint = None, "if you edited it, leave it; else delete it and run again"
+    fault, hint = None, "if you edited it, leave it; else move it away and run again"
     try:
         if size is None:
-            raise TaskError("the video is missing", "run again without --verify")
+            raise TaskError("the video is missing", "run again without --verify, or delete .json")
         with disk_errors("read it"), open(path, "rb") as file:
             if size != info.get("size_bytes", size):
                 detail = printable(f"{size:,} bytes, not {info['size_bytes']}")
@@ -2135,8 +2136,8 @@ def choose_results_files(options: Namespace, console: Console) -> list[Path]:
     places = (".", DEFAULT_OUTPUT_DIR, options.output_dir)
     files = find_results_files(places)
     if not files:
-        searched = ", ".join(dict.fromkeys(printable(Path(place).absolute()) for place in places))
-        raise JobError(f"No polling results found in {searched} — run the polling step first")
+        where = ", ".join(dict.fromkeys(printable(Path(place).absolute()) for place in places))
+        raise JobError(f"No polling results found in {where} — run the polling step first")
     if options.all:
         console.say(f"🔍 Found {len(files):,} polling results files")
         return files
