@@ -1262,7 +1262,7 @@ class Download:
         self._dead = LinkDead(NO_LINK, "")
         self._tries, self._failures, self._most_bytes, self._notes = 1, 0, 0, Counter[str]()
         self._length_matched, self._failed_at, self._warning = True, NEVER, ""
-        self._ranges_work: bool | None = None  # as far as they were asked for
+        self._ranges_work: bool | None = None  # None: none was asked for yet
 
     def run(self) -> Outcome:
         """Do what is to be done; raises `JobError`, `InOtherHands` and `Cancelled`."""
@@ -1736,7 +1736,7 @@ class VideoDownloader:
         self.output_dir = self._directory = Path(self.output_dir)
         self._console = self.console or Console(self.quiet)
         self._turn = threading.RLock()
-        self._adapters: dict[int, SharedContextAdapter] = {}  # by process: one connection each
+        self._adapters: dict[int, SharedContextAdapter] = {}  # by process: it alone may use them
         try:
             with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
                 self._directory.mkdir(parents=True, exist_ok=True)
