@@ -854,6 +854,8 @@ class PartFile:
         if is_ours and not (keep and self.is_intact() and self.share):
             if os.name == "nt":  # where no open file can be removed
                 self.file.close()
+            with contextlib.suppress(OSError, AttributeError):
+                os.removexattr(self.file.fileno(), NOTE)
             remove(self.path)
         self.file.close()
 
