@@ -1648,6 +1648,23 @@ class Console:
 # --- The run: work in parallel, report as it ends ---------------------------------------------
 
 
+def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], list[str]]:
+    """The tasks of results files, latest first, each once; and what kept files from use."""
+    found, errors = list[Task](), list[str]()
+    for path in paths:
+        console.say("", f"📋 Processing: {printable(path.name)}")
+        try:
+            tasks, others, wrong = read_rows(read_results(path))
+        except JobError as error:
+            errors.append(str(error))
+            continue
+        found += tasks
+        console.say(f"  ✅ Found {len(tasks)} SUCCEEDED tasks", *others)
+        lines = [f"  ⚠️ {printable(path.name)}, {each}" for each in wrong]
+        console.complain(*shortened(lines, NAMES_SHOWN))
+    return merge_tasks(found), errors
+
+
 class WorkerPool:
     """Worker threads that do one job each from start to end, led by the thread that made them.
 
@@ -1888,23 +1905,6 @@ class VideoDownloader:
                 self.on_outcome(outcome)
         except Exception as error:  # is no reason to lose a video
             self._console.complain(f"⚠️ on_outcome: {type(error).__name__}: {printable(error)}")
-
-
-def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], list[str]]:
-    """The tasks of results files, latest first, each once; and what kept files from use."""
-    found, errors = list[Task](), list[str]()
-    for path in paths:
-        console.say("", f"📋 Processing: {printable(path.name)}")
-        try:
-            tasks, others, wrong = read_rows(read_results(path))
-        except JobError as error:
-            errors.append(str(error))
-            continue
-        found += tasks
-        console.say(f"  ✅ Found {len(tasks)} SUCCEEDED tasks", *others)
-        lines = [f"  ⚠️ {printable(path.name)}, {each}" for each in wrong]
-        console.complain(*shortened(lines, NAMES_SHOWN))
-    return merge_tasks(found), errors
 
 
 # --- Looking without downloading: --dry-run and --verify --------------------------------------
