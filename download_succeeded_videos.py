@@ -66,6 +66,7 @@ import random
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -659,9 +660,10 @@ class Index:
             raise directory_error(directory, error) from None
         index = cls(directory, names, {fold(name): name for name in names})
         for stub, metadata in index.described():
-            key = owner_key(metadata)
-            if key and not file_bytes(directory / f"{index.homes.get(key, '')}.mp4"):
-                index.homes[key] = stub
+            if key := owner_key(metadata):
+                first = index.homes.setdefault(key, stub)
+                if first != stub and not file_bytes(directory / f"{first}.mp4"):
+                    index.homes[key] = stub
         return index
 
     def described(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -702,7 +704,8 @@ class Index:
 def file_bytes(path: str | Path) -> int | None:
     """The size of the file ``path``; ``None`` when it is not there or no regular file."""
     with contextlib.suppress(OSError, ValueError):
-        return os.stat(path).st_size if os.path.isfile(path) else None
+        found = os.stat(path)
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
     return None
 
 
@@ -1287,9 +1290,8 @@ class Download:
                     self._dead, self._link = error, ""  # the next attempt asks for a fresh one
                 elif self._plan.action is not Action.ASK:
                     raise
-                else:
-                    with contextlib.suppress(TransientError):  # it is another task's by now
-                        return self._adopt(f"  ℹ️ Taken for this task's, unasked: {error.why}")
+                elif adopted := self._adopt(f"  ℹ️ Taken for this task's, unasked: {error.why}"):
+                    return adopted
             except TransientError as error:
                 self._back_off(error)
                 if not self.part.is_intact():
@@ -1358,9 +1360,9 @@ class Download:
             check_status(status, response.headers)
             if not continues and start != 0:
                 raise TransientError("the server sent a part that was not asked for")
-            if self._plan.action is Action.ASK and total == self._plan.size_bytes:
-                with contextlib.suppress(TransientError):  # it is another task's by now
-                    return self._adopt()
+            is_own = self._plan.action is Action.ASK and total == self._plan.size_bytes
+            if is_own and (adopted := self._adopt()):
+                return adopted
             if continues:
                 self._ranges_work = True
                 self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
@@ -1446,8 +1448,8 @@ class Download:
                 remove(metadata)
             raise
 
-    def _adopt(self, *notes: str) -> Outcome:
-        """Create metadata for the video that is there."""
+    def _adopt(self, *notes: str) -> Outcome | None:
+        """Create metadata for the video that is there; ``None``: it is another's by now."""
         path, metadata = self._plan.path, self._plan.path.with_suffix(".json")
         with contextlib.suppress(FileExistsError), disk_errors("describe the video there"):
             with open(path, "rb") as file:
@@ -1455,7 +1457,7 @@ class Download:
             put_metadata(metadata, self._task, path.name, info)
             self._notes.update([*notes, f"  📄 Metadata created: {printable(metadata.name)}"])
             return self._outcome(Status.EXISTS, info["size_bytes"])
-        raise TransientError(CHANGED_MEANWHILE)
+        return None
 
     def _outcome(self, status: Status, size: int | None, fault: TaskError | None = None) -> Outcome:
         plan = self._plan
