@@ -576,15 +576,16 @@ def write_whole(path: Path, data: bytes, key: str, replaces: bool) -> None:
 def publish(hidden: Path, final: Path, replaces: bool) -> None:
     """Give ``hidden`` the name ``final`` in one step; raises FileExistsError if that is taken.
 
-    As a second link, unless it ``replaces`` what is there or the file system has none: then
-    it is renamed, a moment after a look.
+    As a second link, unless it ``replaces`` what is there or the file system has none: then it
+    is renamed, over an empty file that holds the name for a moment.
     """
     if not replaces:
         try:
             return os.link(hidden, final)
         except OSError as error:
-            if error.errno == errno.EEXIST or os.path.lexists(final):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+            if error.errno in (errno.EEXIST, errno.ENOENT):
+                raise
+            os.close(os.open(final, os.O_CREAT | os.O_EXCL))
     return os.replace(hidden, final)
 
 
@@ -689,7 +690,7 @@ class Index:
             if owner == task.key != "":
                 return Plan(task, path, Action.KEEP if size else Action.REFILL, size or 0)
             if not owner:
-                return leave(f"{metadata.name} is another program's file")
+                return leave(f"{metadata.name} is another program's file, or cannot be read")
             return leave(f"{(metadata if size is None else path).name} is another task's")
         if size is None:
             return Plan(task, path, Action.DOWNLOAD)
@@ -784,9 +785,9 @@ class PartFile:
         self.file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - `release` closes it
         self.size_bytes, self.sha256 = os.fstat(descriptor).st_size, hash_file(self.file)
         self.source: Source | None = None
-        with contextlib.suppress(OSError, AttributeError, ValueError, TypeError):
+        with contextlib.suppress(OSError, AttributeError, ValueError, TypeError, ArithmeticError):
             total, validator = json.loads(os.getxattr(descriptor, NOTE))
-            self.source = int(total), str(validator)
+            self.source = int(total) or -1, str(validator)
         if self.size_bytes and not self.share:
             self.restart()
 
@@ -834,7 +835,8 @@ class PartFile:
         with disk_errors("write the part file"):
             self.file.truncate(0)
         with contextlib.suppress(OSError, AttributeError):
-            os.setxattr(self.file.fileno(), NOTE, json.dumps(source).encode())
+            for note in ("", json.dumps(source)):  # the first has room whatever was noted before
+                os.setxattr(self.file.fileno(), NOTE, note.encode())
         self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
@@ -857,8 +859,6 @@ class PartFile:
         if is_ours and not (keep and self.is_intact() and self.share):
             if os.name == "nt":  # where no open file can be removed
                 self.file.close()
-            with contextlib.suppress(OSError, AttributeError):
-                os.removexattr(self.file.fileno(), NOTE)
             remove(self.path)
         self.file.close()
 
@@ -899,9 +899,9 @@ def is_same_file(descriptor: int, path: Path) -> bool:
     return False
 
 
-def sweep(directory: Path, names: Iterable[str], tasks: Iterable[Task]) -> None:
-    """Remove what earlier runs left of the hidden files ``names`` of ``tasks``, if not in use."""
-    hidden = [name for name in names if name.startswith(".dsv-")]
+def sweep(directory: Path, tasks: Iterable[Task]) -> None:
+    """Remove what is left of the hidden files of ``tasks``, but what somebody has in hand."""
+    hidden = glob(".dsv-*", root_dir=directory)
     own = tuple(hidden_path(directory, task.key).stem for task in tasks) if hidden else ()
     for name in filter(lambda name: name.startswith(own), hidden):
         guard = name if name.endswith(".part") else f"{name[:21]}.part"  # that of its task
@@ -1364,7 +1364,6 @@ class Download:
             if is_own and (adopted := self._adopt()):
                 return adopted
             if continues:
-                self._ranges_work = True
                 self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
             else:
                 part.restart(source)
@@ -1381,6 +1380,7 @@ class Download:
         for data in self._session.chunks(response):
             part.write(data)
             self.received += len(data)
+            self._ranges_work = response.status_code == 206 or self._ranges_work
             if part.size_bytes > self._most_bytes:
                 self._most_bytes, self._failures = part.size_bytes, 0
         if least > response.raw.tell() or 0 < total != part.size_bytes:
@@ -1423,7 +1423,8 @@ class Download:
                 return there
             # what has the name is no video, and goes before metadata says that there is one
             if file_bytes(self._plan.path) == self._plan.size_bytes:
-                remove(self._plan.path)
+                with disk_errors(f"remove {printable(self._plan.path.name)}, which is no video"):
+                    os.unlink(self._plan.path)
         raise TransientError(CHANGED_MEANWHILE)
 
     def _put_in_place(self, info: Object) -> None:
@@ -1443,6 +1444,8 @@ class Download:
             if not (self.part.is_at(self.part.path) or self.part.is_at(path)):
                 remove(path)  # somebody changed what the hidden name stands for
                 raise FileExistsError
+            with contextlib.suppress(OSError, AttributeError):
+                os.removexattr(path, NOTE)
         except (OSError, TransientError):
             if is_new and file_bytes(path) != info["size_bytes"]:  # else it describes that one
                 remove(metadata)
@@ -1852,7 +1855,7 @@ class VideoDownloader:
             self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), index)
         failed = count_outcomes(self.outcomes[self._before :])["failed_downloads"]
         if not failed:
-            sweep(self._directory, index.names, tasks)
+            sweep(self._directory, tasks)
         return len(tasks) - failed
 
     def _work(self, jobs: Sequence[Plan], index: Index) -> None:
@@ -1863,11 +1866,8 @@ class VideoDownloader:
         session = Session(index, adapter, self.timeout, self.retries, self.command)
         try:
             self._lead(WorkerPool(session, jobs, self.workers), session)
-        except JobError:  # make room, of what workers still hold as well
-            for each in session.active:
-                remove(each.part.path)
-            with contextlib.suppress(OSError):  # the directory itself may be gone
-                sweep(self._directory, os.listdir(self._directory), [job.task for job in jobs])
+        except JobError:  # make room
+            sweep(self._directory, [job.task for job in jobs])
             raise
 
     def _lead(self, pool: WorkerPool, session: Session) -> None:
@@ -1892,6 +1892,9 @@ class VideoDownloader:
             for result in pool.results(time.monotonic() + STOP_GRACE_S):
                 if isinstance(result, Outcome):
                     self._record(result)
+            for each in session.active:  # whose threads wait for a server
+                with contextlib.suppress(ValueError):  # it is just letting go
+                    each.part.release()
             self._console.show_progress([])
             sync(self._directory)  # the names
 
