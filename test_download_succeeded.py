@@ -2168,7 +2168,7 @@ def test_a_program_that_uses_the_class_ends_soon_after_ctrl_c(cdn: Cdn, tmp_path
     env = script_environment(PYTHONPATH=str(SCRIPT.parent))
     with ctrl_c_allowed():
         process = subprocess.Popen([sys.executable, "-c", PROGRAM, file], cwd=tmp_path, env=env)
-    wait_until(lambda: len(cdn.requests) == 2)
+    wait_until(lambda: len(cdn.requests) == 2 and parts_in(tmp_path / "videos"))
     since = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) != 0
