@@ -66,7 +66,6 @@ import random
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import threading
@@ -705,8 +704,7 @@ class Index:
 def file_bytes(path: str | Path) -> int | None:
     """The size of the file ``path``; ``None`` when it is not there or no regular file."""
     with contextlib.suppress(OSError, ValueError):
-        found = os.stat(path)
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return os.stat(path).st_size if os.path.isfile(path) else None
     return None
 
 
@@ -855,8 +853,7 @@ class PartFile:
         """Let others have it; nothing is kept but what can be resumed."""
         if self.file.closed:
             return
-        is_ours = self.is_at(self.path) or not os.path.lexists(self.path)
-        if is_ours and not (keep and self.is_intact() and self.share):
+        if self.is_at(self.path) and not (keep and self.is_intact() and self.share):
             if os.name == "nt":  # where no open file can be removed
                 self.file.close()
             remove(self.path)
