@@ -455,7 +455,7 @@ def inspect(file: BinaryIO, size_bytes: int) -> Content:
 def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
     """Section 4.2: size and type; size 1: 64 bits follow; size 0: the box goes on to the end.
 
-    What does not begin like a known box and does not fit in is no box, but surplus.
+    An unknown type with a length that does not fit is no box: it counts as surplus.
     """
     offset = 0
     while offset < size_bytes:
@@ -624,7 +624,7 @@ class Action(Enum):
 class Plan:
     """What to do for ``task``, whose video is to have the name ``path``.
 
-    ``size_bytes`` is of the file that is there, ``holder`` says who has the wanted name.
+    ``size_bytes`` is of the file that is there, ``holder`` says why it is not the wanted name.
     """
 
     task: Task
@@ -678,27 +678,28 @@ class Index:
         """What can be done for ``task`` under the name ``stub`` as things are now."""
         path, metadata = self.directory / f"{stub}.mp4", self.directory / f"{stub}.json"
         leave = functools.partial(Plan, task, path, Action.LEAVE, 0)
+        size, owner = file_bytes(path), owner_key(read_metadata(metadata))
+        if size is None and os.path.lexists(path):
+            return leave(f"{path.name} is no file")
+        if owner == task.key != "":
+            return Plan(task, path, Action.KEEP if size else Action.REFILL, size or 0)
         for name in (metadata.name, path.name):
             if (other := self.spellings.get(fold(name), name)) != name:
                 return leave(f"{other} differs in case or Unicode form alone")
-        size = file_bytes(path)
-        if size is None and os.path.lexists(path):
-            return leave(f"{path.name} is no file")
-        if os.path.lexists(metadata):
-            owner = owner_key(read_metadata(metadata))
-            if owner == task.key != "":
-                return Plan(task, path, Action.KEEP if size else Action.REFILL, size or 0)
-            if not owner:
-                return leave(f"{metadata.name} is another program's file, or cannot be read")
+        if owner:
             return leave(f"{(metadata if size is None else path).name} is another task's")
-        if size is None:
-            return Plan(task, path, Action.DOWNLOAD)
-        try:
-            with open(path, "rb") as file:
-                action = Action.ASK if inspect(file, size) in KEPT else Action.DOWNLOAD
-        except OSError as error:
-            return leave(f"{path.name} cannot be read: {error.strerror}")
-        return Plan(task, path, action, size, f"{path.name} is another video")
+        if os.path.lexists(metadata):
+            return leave(f"{metadata.name} is another program's file, or cannot be read")
+        if size is not None:
+            try:
+                with open(path, "rb") as file:
+                    if inspect(file, size) in KEPT:
+                        return Plan(task, path, Action.ASK, size, f"{path.name} is another video")
+            except OSError as error:
+                return leave(f"{path.name} cannot be read: {error.strerror}")
+        if self.promised.get(fold(stub), task.key) != task.key:
+            return leave(f"{path.name} is another task's")
+        return Plan(task, path, Action.DOWNLOAD, size or 0)
 
 
 def file_bytes(path: str | Path) -> int | None:
@@ -725,11 +726,9 @@ def plan_task(task: Task, index: Index, in_hand: bool = False) -> Plan:
     home = index.homes.get(task.key, task.stub)
     first_free, holder = None, ""
     for stub in itertools.chain(dict.fromkeys((home, task.stub)), stubs_with_id(task)):
+        # stub_<id>, stub_<id>_2 or video_<id>, but not a longer id that begins alike
         plan, is_by_id = index.look(task, stub), f"{task.suffix}_" in f"{stub}_"
-        is_promised = index.promised.get(fold(stub), task.key) != task.key
-        if plan.action is Action.DOWNLOAD and is_promised:
-            plan = replace(plan, action=Action.LEAVE, holder=f"{stub}.mp4 is another task's")
-        elif plan.action is Action.ASK and (in_hand or not task.key):
+        if plan.action is Action.ASK and (in_hand or not task.key):
             plan = replace(plan, action=Action.LEAVE)
         elif plan.action is Action.ASK and is_by_id:
             plan = replace(plan, action=Action.ADOPT)
@@ -773,9 +772,9 @@ class PartFile:
     """One task's hidden file, which this run alone holds; it is written at its end alone.
 
     `claim` it, `restart` it for another object, `write`, and `release` it, which keeps what a
-    later run can resume. What it is the beginning of is noted in an extended attribute, as a
-    file beside each part takes a tenth of a run. Only Linux has those, and not every file system
-    of it: elsewhere a later run starts anew.
+    later run can resume. What it is the beginning of is noted in an extended attribute: a second
+    file for each part would make a run a tenth slower. Only Linux has those, and not on every
+    file system: elsewhere a later run starts anew.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -797,8 +796,6 @@ class PartFile:
         One that is published already, or another user's, makes way for a new one. Where that
         or locking is not possible, a name of its own serves for this run.
         """
-        # locked and usable: ours, if it still has the name; locked, but not usable: left over;
-        # locked is False: somebody works on it; None: no locks, or no file
         for _ in range(NAME_TRIES):
             descriptor, is_usable = open_part(path)
             locked = try_lock(descriptor)
@@ -806,9 +803,9 @@ class PartFile:
                 return cls(path, descriptor)
             if descriptor >= 0:
                 os.close(descriptor)
-            if locked is False:
+            if locked is False:  # somebody works on it
                 raise InOtherHands
-            if not (locked and is_usable):  # nobody has it, and it cannot be ours
+            if not (locked and is_usable):  # published, another user's, or there are no locks
                 remove(path)
         own = path.with_name(f"{path.stem}-{os.getpid()}-{random.getrandbits(32):08x}.part")
         descriptor = os.open(own, _PART_FLAGS | os.O_EXCL, 0o666)
@@ -838,7 +835,7 @@ class PartFile:
         self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
-        """Add ``data``; each 64 MB go to the disk while more comes, a fifth of the time of 1 GB."""
+        """Add ``data``; a sync in the background after each 64 MB saves a fifth with 1 GB."""
         rest = memoryview(data)
         with disk_errors("write the video"):
             while rest:  # a nearly full disk takes a part of it and says nothing
@@ -964,7 +961,8 @@ def check_status(status: int, headers: Mapping[str, str]) -> None:
 class SharedContextAdapter(requests.adapters.HTTPAdapter):
     """Gives all connections one TLS context: left alone, requests loads the CA bundle for each.
 
-    That is 20 ms of CPU a connection. It keeps connections alive, and knows no .netrc.
+    That is 20 ms of CPU a connection. Used without a `requests.Session`, which would send
+    servers the passwords of .netrc.
     """
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -1008,9 +1006,9 @@ class Pace:
         self._interval_s = 0.93 * self._interval_s if self._interval_s > 0.01 else 0.0
 
     def overloaded(self, now: float, asked: float, hold_s: float, is_sending: bool) -> None:
-        """Slow down, once for all that ``asked`` before that, where that helps: others are served.
+        """Hold all requests for ``hold_s``; if others are still served, also ask less often.
 
-        They are while it ``is_sending`` a body.
+        That, once for all requests ``asked`` before. A server that ``is_sending`` a body serves.
         """
         self._next = max(self._next, now + hold_s)
         self.served_at = now if is_sending else self.served_at
@@ -1080,10 +1078,10 @@ class Session:
     def chunks(self, response: requests.Response) -> Iterator[bytes]:
         """The decoded body in blocks; raises `TransientError` when it all but stops.
 
-        What has come already is read, and used, by one thread at a time: 32 that hand each other
-        the interpreter after every 16 kB take a fifth longer. Where a read may have to wait, it
-        takes whatever comes first, so that the rate can be seen; urllib3 before 2.2 cannot: there
-        it is short.
+        Bytes already in the socket are read, and written to disk, by one thread at a time: 32 that
+        hand each other the interpreter after every 16 kB take a fifth longer. A read that may have
+        to wait takes whatever comes first, so that the rate can be seen; urllib3 before 2.2 has no
+        such read, and a short one stands in for it.
         """
         raw, since, before = response.raw, time.monotonic(), 0
         is_encoded = "Content-Encoding" in response.headers
@@ -1091,7 +1089,7 @@ class Session:
         try:
             while True:
                 self.wait(0)
-                with self.reading:  # the reader writes it to disk before another thread reads
+                with self.reading:  # held while the caller writes the block to disk: be quick
                     if not is_encoded and (size := bytes_there(raw)) > TLS_RECORD_BYTES:
                         yield raw.read(min(size, READ_BYTES), decode_content=False)
                         continue
@@ -1110,7 +1108,7 @@ def bytes_there(raw: Any) -> int:
     """How many bytes of a body of known length have surely come; 0 where that cannot be told.
 
     Of TLS, some bytes are no body (an eighth at most, if records have 200 or more), and the
-    last record may be cut.
+    last record may be cut. A wrong guess would have others wait for this server.
     """
     if raw.length_remaining and sys.platform != "win32":
         with contextlib.suppress(OSError, ValueError):
@@ -1227,12 +1225,11 @@ class Outcome:
         return {**what, "size_bytes": self.size_bytes, **said, **more}
 
 
-# by statuses in their order; what is pending is not counted
-STATISTICS = dict(zip(Status, ("downloaded", "failed_downloads", "already_exists"), strict=False))
+STATISTICS = {"downloaded": "downloaded", "failed": "failed_downloads", "exists": "already_exists"}
 
 
 def count_outcomes(outcomes: Sequence[Outcome] = ()) -> dict[str, int]:
-    counts = Counter(outcome.status for outcome in outcomes)
+    counts = Counter(outcome.status.value for outcome in outcomes)
     named = {name: counts[status] for status, name in STATISTICS.items()}
     return {"total_succeeded": len(outcomes)} | named
 
@@ -1258,9 +1255,10 @@ class Download:
         self._link, self._is_fresh = plan.task.link, False
         self._hidden = hidden_path(plan.path.parent, plan.task.key)
         self._dead = LinkDead(NO_LINK, "")
-        self._tries, self._failures, self._most_bytes, self._notes = 1, 0, 0, Counter[str]()
-        self._length_matched, self._failed_at, self._warning = True, NEVER, ""
-        self._ranges_work: bool | None = None  # None: none was asked for yet
+        self._tries, self._failures, self._failed_at = 1, 0, NEVER
+        self._most_bytes, self._is_length_known = 0, True
+        self._ranges_work: bool | None = None  # False: asked for, and none has brought a byte
+        self._notes, self._warning = Counter[str](), ""
 
     def run(self) -> Outcome:
         """Do what is to be done; raises `JobError`, `InOtherHands` and `Cancelled`."""
@@ -1306,7 +1304,7 @@ class Download:
                 return adopted
         with disk_errors("read the video back"):
             content = inspect(self.part.file, self.part.size_bytes)
-        if content is Content.CUT or (content is Content.SURPLUS and not self._length_matched):
+        if content is Content.CUT or (content is Content.SURPLUS and not self._is_length_known):
             self.part.restart()
             raise TransientError(f"the server sent {content.value}")
         if content not in KEPT:
@@ -1353,7 +1351,7 @@ class Download:
             continues = 0 < part.size_bytes == start and source == part.source
             if part.size_bytes and not continues and status in (206, 400, 405, 412, 416, 501):
                 part.restart()  # the server has another object by now, or gives no ranges
-                return self._transfer()
+                return self._transfer()  # once: an empty part asks for none
             check_status(status, response.headers)
             if not continues and start != 0:
                 raise TransientError("the server sent a part that was not asked for")
@@ -1373,7 +1371,8 @@ class Download:
         Where it announced nothing, and nothing came, the head was cut.
         """
         part, announced = self.part, response.raw.length_remaining
-        self._length_matched, least = announced is not None, 1 if announced is None else announced
+        self._is_length_known = announced is not None
+        least = 1 if announced is None else announced
         for data in self._session.chunks(response):
             part.write(data)
             self.received += len(data)
@@ -1386,7 +1385,7 @@ class Download:
     def _back_off(self, error: TransientError) -> None:
         """Wait until it is time for another try; raise a final error when none is left.
 
-        None is used up if the server has served others lately, or since this video's last try.
+        A try costs nothing if the server served others lately, or since this video's last try.
         """
         if not self.part.share and self.part.is_intact():
             self.part.restart()
@@ -1395,7 +1394,7 @@ class Download:
             raise TaskError(wait, "run again after that time") from None
         uses_up = error.served_at <= min(self._failed_at, time.monotonic() - STILL_SERVING_S)
         self._failed_at = time.monotonic()
-        # a last one asks for all, if ranges may be what fails here
+        # one more, which asks for all: ranges may be what fails here
         if uses_up and self._failures >= self._session.retries + (self._ranges_work is False):
             raise TaskError(error.reason, error.hint) from None
         self.waiting = error.reason
@@ -1418,7 +1417,7 @@ class Download:
                 return self._outcome(Status.DOWNLOADED, info["size_bytes"])
             if there := self._look(in_hand=True):
                 return there
-            # what has the name is no video, and goes before metadata says that there is one
+            # what has the name is no video: it goes before metadata says that there is one
             if file_bytes(self._plan.path) == self._plan.size_bytes:
                 with disk_errors(f"remove {printable(self._plan.path.name)}, which is no video"):
                     os.unlink(self._plan.path)
@@ -1476,7 +1475,7 @@ def hand_over(outcome: Outcome, session: Session) -> Outcome:
     The metadata then says that it was: at least once, since a kill may come in between.
     """
     path, command, key = outcome.path.with_suffix(".json"), session.command, outcome.task.key
-    if not command or outcome.fault or not is_waiting(path):
+    if not command or not is_waiting(path):
         return outcome
     try:
         run_command(session, {"{video}": outcome.path, "{metadata}": path})
@@ -1564,8 +1563,8 @@ def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
         files = [each for each in entries if each.name.endswith(".mp4") and each.name[0] != "."]
         sizes = {each.name: each.stat().st_size for each in files if each.is_file()}
     new = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
-    names = shortened([*dict.fromkeys([*filter(sizes.get, new), *sorted(sizes)])], LISTED)
-    lines = [f"• {printable(n)} ({megabytes(sizes[n])})" if n in sizes else n for n in names]
+    names = dict.fromkeys([*filter(sizes.get, new), *sorted(sizes)])
+    lines = shortened([f"• {printable(n)} ({megabytes(sizes[n])})" for n in names], LISTED)
     lines = ["", f"📁 Videos in {printable(directory)}:", *(f"  {line}" for line in lines)]
     return [*lines, "", f"💾 Total storage used: {megabytes(sum(sizes.values()))}"] if names else []
 
