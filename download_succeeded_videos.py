@@ -898,7 +898,7 @@ def sweep(directory: Path, tasks: Iterable[Task]) -> None:
     hidden = glob(".dsv-*", root_dir=directory)
     own = tuple(hidden_path(directory, task.key).stem for task in tasks) if hidden else ()
     for name in filter(lambda name: name.startswith(own), hidden):
-        guard = name if name.endswith(".part") else f"{name[:21]}.part"  # that of its task
+        guard = name if name.endswith(".part") else f"{name[:21]}.part"  # its task's part
         with contextlib.suppress(OSError, DownloaderError):
             part = PartFile.claim(directory / guard)
             remove(directory / name)
@@ -1588,20 +1588,20 @@ def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
     return [*lines, "", verdict] if bad and total > 1 else lines
 
 
-def progress_parts(total: int, done: int, session: Session, for_s: float) -> list[str]:
-    """How far a run of ``total`` tasks is after ``for_s`` seconds, the most important part first.
+def progress_parts(total: int, done: int, session: Session, elapsed_s: float) -> list[str]:
+    """How far a run of ``total`` tasks is after ``elapsed_s``, the most important part first.
 
     ``done`` of them have an outcome.
     """
     active, received = session.active, sum(d.received for d in session.downloads) / BYTES_PER_MB
     waiting = [f"🔁 {each.waiting}" for each in active if each.waiting]
     parts = [f"⏬ {done:,}/{total:,}", *waiting[-1:], f"{received:.1f} MB"]
-    in_hand = sum(each.part.share for each in active)  # in videos, as what follows
-    had = in_hand + sum(d.received > 0 and d.part.file.closed for d in session.downloads)
-    to_do = max(0.0, total - done - in_hand)
-    if received and had > 0 and len(waiting) < len(active):
-        left = timedelta(seconds=round(min(for_s * to_do / had, 359_999)))
-        parts += [f"{received / for_s:.1f} MB/s", f"{left} left"]
+    partly = sum(each.part.share for each in active)  # in videos, as what follows
+    fetched = partly + sum(d.received > 0 and d.part.file.closed for d in session.downloads)
+    to_do = max(0.0, total - done - partly)
+    if received and fetched > 0 and len(waiting) < len(active):
+        left = timedelta(seconds=round(min(elapsed_s * to_do / fetched, 359_999)))
+        parts += [f"{received / elapsed_s:.1f} MB/s", f"{left} left"]
     return parts
 
 
@@ -1876,8 +1876,8 @@ class VideoDownloader:
                 if isinstance(result, Outcome):
                     self._record(result)
                     continue
-                done, for_s = len(self.outcomes) - self._before, time.monotonic() - started
-                parts = progress_parts(self._total, done, session, for_s)
+                done, elapsed_s = len(self.outcomes) - self._before, time.monotonic() - started
+                parts = progress_parts(self._total, done, session, elapsed_s)
                 if pool.left == len(pool.held) and not session.active:
                     waiting = f"⏳ Waiting for {counted(pool.left)} that another run has in hand"
                     self._console.say(*([] if told else ["", waiting]))
@@ -2089,15 +2089,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     on: dict[str, Any] = {"action": "store_true"}
-    whole, some = bounded(int, 1, MAX_WORKERS), "(default: %(default)s)"
+    workers, some = bounded(int, 1, MAX_WORKERS), "(default: %(default)s)"
     add("files", nargs="*", type=Path, metavar="FILE", help="results files (default: the latest)")
     add("--polling-results-file", type=Path, action="append", metavar="FILE", help="the same")
     add("--all", **on, help="read every results file, latest first")
     add("--output-dir", type=Path, metavar="DIR", help=f"where the videos go; created {some}")
-    add("--workers", type=whole, metavar="N", help=f"videos at a time, 1 to {MAX_WORKERS} {some}")
-    whole, seconds = bounded(int, 0, 1000), bounded(float, 0.001, 86400)
+    add("--workers", type=workers, metavar="N", help=f"videos at a time, 1 to {MAX_WORKERS} {some}")
+    retries, seconds = bounded(int, 0, 1000), bounded(float, 0.001, 86400)
     add("--timeout", type=seconds, metavar="SECONDS", help=f"for each wait for a server {some}")
-    add("--retries", type=whole, metavar="N", help=f"more tries, if one brought nothing {some}")
+    add("--retries", type=retries, metavar="N", help=f"more tries, if one brought nothing {some}")
     add("--shard", type=parse_shard, metavar="K/N", help="only the K-th of N equal parts")
     add("--exec", type=command, metavar="CMD", dest="command",
         help='hand each new video over to "CMD {video} {metadata}", without a shell')  # fmt: skip

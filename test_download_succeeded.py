@@ -679,6 +679,7 @@ SECOND = "s_f645e2df"
 RENAMED = {"holiday.json": MINE, "holiday.mp4": WHOLE}
 NEW = make_mp4("new", SMALL + 100)
 TAKEN, NO_FILE = "downloaded: s.mp4 is another task's", "downloaded: s.mp4 is no file"
+ODD = "downloaded: s.json is another program's file, or cannot be read"
 FOREIGN_JSON: dict[str, Any] = {
     "list": b"[]", "object": b'{"task_id": "f645e2df-b639"}', "nesting": b"[" * 200_000,
     "other types": b'{"runway_task_json": {"task_id": 5}}', "binary": b"\xff\xfe\0",
@@ -727,15 +728,13 @@ def case(name: str, entries: Any, stub: str, end: str, *replies: Reply | None) -
         case("another task", ALL_OTHERS, SECOND, TAKEN),
         case("both taken", ALL_OTHERS | second(json=b"[]"), f"{SECOND}_2", TAKEN),
         case("its record", {"s.json": OTHERS}, SECOND, "downloaded: s.json is another task's"),
+        case("ours, a twin", ALL_OURS | {"s.mp4": b"", "S.json": OTHERS}, "s", "downloaded"),
         case("another case", {"S.mp4": WHOLE}, SECOND, "downloaded: S.mp4 differs in case"),
         case("directory", {"s.mp4": os.mkdir}, SECOND, NO_FILE),
         case("ours, no file", ALL_OURS | {"s.mp4": os.mkdir}, SECOND, NO_FILE),
         case("pipe", {"s.mp4": FOREIGN_JSON["pipe"]}, SECOND, NO_FILE),
         case("loop", {"s.mp4": lambda path: path.symlink_to("s.mp4")}, SECOND, NO_FILE),
-        *(
-            case(f"json: {name}", {"s.json": content}, SECOND, "downloaded: s.json is another pro")
-            for name, content in FOREIGN_JSON.items()
-        ),
+        *(case(f"json: {k}", {"s.json": it}, SECOND, ODD) for k, it in FOREIGN_JSON.items()),
         case("zero bytes", {"s.mp4": b""}, "s", "downloaded"),
         case("nothing but zeros", {"s.mp4": bytes(999)}, "s", "downloaded"),
         case("cut short", {"s.mp4": WHOLE[:-9]}, "s", "downloaded"),
