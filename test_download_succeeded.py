@@ -728,7 +728,7 @@ def case(name: str, entries: Any, stub: str, end: str, *replies: Reply | None) -
         case("another task", ALL_OTHERS, SECOND, TAKEN),
         case("both taken", ALL_OTHERS | second(json=b"[]"), f"{SECOND}_2", TAKEN),
         case("its record", {"s.json": OTHERS}, SECOND, "downloaded: s.json is another task's"),
-        case("ours, a twin", ALL_OURS | {"s.mp4": b"", "S.json": OTHERS}, "s", "downloaded"),
+        case("ours, a twin", ALL_OURS | {"s.mp4": b"", "ſ.json": OTHERS}, "s", "downloaded"),
         case("another case", {"S.mp4": WHOLE}, SECOND, "downloaded: S.mp4 differs in case"),
         case("directory", {"s.mp4": os.mkdir}, SECOND, NO_FILE),
         case("ours, no file", ALL_OURS | {"s.mp4": os.mkdir}, SECOND, NO_FILE),
