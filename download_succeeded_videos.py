@@ -782,9 +782,9 @@ class PartFile:
         self.file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - `release` closes it
         self.size_bytes, self.sha256 = os.fstat(descriptor).st_size, hash_file(self.file)
         self.source: Source | None = None
-        with contextlib.suppress(OSError, AttributeError, ValueError, TypeError, ArithmeticError):
-            total, validator = json.loads(os.getxattr(descriptor, NOTE))
-            self.source = int(total) or -1, str(validator)
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            total, _, validator = os.getxattr(descriptor, NOTE).decode("latin-1").partition(" ")
+            self.source = int(total) or -1, validator
         if self.size_bytes and not self.share:
             self.restart()
 
@@ -830,8 +830,8 @@ class PartFile:
         with disk_errors("write the part file"):
             self.file.truncate(0)
         with contextlib.suppress(OSError, AttributeError):
-            for note in ("", json.dumps(source)):  # the first has room whatever was noted before
-                os.setxattr(self.file.fileno(), NOTE, note.encode())
+            for note in ((), source or ()):  # the first has room whatever was noted before
+                os.setxattr(self.file.fileno(), NOTE, " ".join(map(str, note)).encode("latin-1"))
         self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> None:
