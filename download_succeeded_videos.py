@@ -1,40 +1,69 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["requests>=2.25.0"]
+# dependencies = ["requests>=2.25.0,!=2.32.0,!=2.32.1,!=2.32.2"]
 # ///
 """Bring every SUCCEEDED Runway video to disk before its link dies.
 
-Reads the polling-results JSON that runway_task_polling_loop.py leaves, streams each SUCCEEDED
-video to video_outputs/<stub>.mp4, writes <stub>.json beside it and prints a summary.
+Reads the polling-results JSON that runway_task_polling_loop.py leaves (or what
+Runway's API answered), streams each SUCCEEDED video to
+video_outputs/<stub>.mp4, writes <stub>.json beside it and prints a summary.
 
 examples:
-  %(prog)s                       the latest results file
-  %(prog)s --all                 every results file: a backfill
-  %(prog)s results.json -q       from cron: prints what is wrong, and nothing else
-  %(prog)s --exec "rclone copy {video} remote:videos"
+  the latest results file:
+    %(prog)s
+  every results file, a backfill:
+    %(prog)s --all
+  from cron, which mails what is printed: what is wrong, and nothing else:
+    %(prog)s --all -q
+  from standard input:
+    cat results.json | %(prog)s -
+  hand each video over to a command:
+    %(prog)s --exec "rclone copy {video} remote:"
 
 exit codes:
-  0         every SUCCEEDED task found is on disk (also when there was none)
-  1         could not do the job: no results file, unreadable input, output directory, disk full
-  2         bad command line
-  3         done, but at least one video (or one of several results files) failed; a rerun tries
-            just those again. With --verify: a problem. With --exec: a command failed
-  130, 143  stopped by Ctrl-C, SIGTERM
+  0   every SUCCEEDED task found is on disk (also when there was none)
+  1   could not do the job: no results file, unreadable input,
+      output directory, disk full
+  2   bad command line
+  3   done, but at least one video (or, under --all, one results file),
+      a hand-over or the gallery failed; a rerun tries just those again
+  129, 130, 143   stopped by SIGHUP, Ctrl-C, SIGTERM
 
 environment:
-  RUNWAYML_API_SECRET   fetches a fresh link from Runway when one is dead or missing
-  RUNWAYML_BASE_URL     the Runway API to ask, default https://api.dev.runwayml.com
+  RUNWAYML_API_SECRET   asks Runway for a fresh link when one is dead or
+                        missing, and about tasks that polling gave up on
+  RUNWAYML_BASE_URL     the Runway API (https://api.dev.runwayml.com)
   REQUESTS_CA_BUNDLE, HTTPS_PROXY, NO_PROXY   as requests knows them
 """
 
-# The file reads as the data flows:
+# The file reads as the data flows; each chapter uses only those above it:
 #
-#     results file -> tasks -> names and plan -> part file -> transfer -> outcome -> summary
+#     errors, text                        words that all chapters use
+#     results files -> rows and tasks     what there is to bring home
+#     names, content, metadata            what a file is called, is, and says of itself
+#     the directory -> the plan           which name, and whether to download, adopt or keep
+#     hidden files                        parts and leftovers
+#     HTTP, Runway, retries               asking servers
+#     publishing, one download            from a request to a file under its final name
+#     hand-over, outcomes, console        what happens afterwards, and what is said of it
+#     the run, VideoDownloader            many downloads in parallel; the door for programs
+#     dry run, verify, gallery            looking without downloading
+#     the command line                    the door for people
 #
-# Pure functions over small frozen records decide. `Index` reads the directory, `PartFile` and
-# `put_metadata` write to it, `Session` asks servers, `Console` prints; `Download` does one
-# task from start to end in a worker thread, and a `WorkerPool` of them works in parallel.
+# Glossary:
+#
+#     row        one entry of a results file, as JSON has it
+#     task       a row, read and checked: something that Runway was asked to make
+#     key        what identifies a task: its id, or its link without the query
+#     stub       a file name without its suffix
+#     part       a hidden file that one process writes, and no other process touches
+#     leftover   a part that its owner let go of on purpose, so that a later attempt can resume it
+#     orphan     a video on disk without metadata
+#     holder     what holds a name that a task would have liked
+#     attempt    one look at the directory, with at most one body received
+#     hand-over  running a command of --exec for a video
+#     outcome    what became of a task; its fault, if it has one, says what went wrong
 
 from __future__ import annotations
 
@@ -42,14 +71,17 @@ import os
 import signal
 import sys
 
-if sys.version_info < (3, 10):  # noqa: UP036 - 3.8 can read this far
+if sys.version_info < (3, 10):  # noqa: UP036 - older versions can read this far
     sys.exit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
 
-if __name__ == "__main__":  # until `stop` takes over: the imports take a while
-    both = (signal.SIGINT, signal.SIGTERM)
-    SIGNALS = [each for each in both if signal.getsignal(each) is not signal.SIG_IGN]  # nohup
-    for number in SIGNALS:
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+if __name__ == "__main__":
+    # The imports take a moment, and a signal then is to be no traceback either. A signal that we
+    # are to ignore stays ignored: nohup does that to SIGHUP, a shell's "&" to SIGINT.
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    SIGNALS = [each for each in known if signal.getsignal(each) is not signal.SIG_IGN]
+    for each in SIGNALS:
+        signal.signal(each, lambda number, _frame: os._exit(128 + number))
 
 import argparse
 import base64
@@ -58,6 +90,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import heapq
 import html
 import itertools
 import json
@@ -66,93 +99,86 @@ import random
 import re
 import shlex
 import shutil
+import socket
+import ssl
+import stat
 import subprocess
 import tempfile
 import threading
 import time
 import unicodedata
 from argparse import Namespace
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
-from datetime import datetime, timedelta, timezone
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from enum import Enum
 from glob import glob
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, BinaryIO, NoReturn
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urljoin
 
 try:
     import requests
     import urllib3
-    from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies
+    from requests import Session
+    from requests.adapters import HTTPAdapter
+    from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies, select_proxy
+    from urllib3.exceptions import HTTPError
     from urllib3.util.retry import Retry
     from urllib3.util.ssl_ import create_urllib3_context
-except ImportError as missing:
-    sys.exit(f"❌ the package {missing.name} is missing: pip install requests")
 
-if sys.platform != "win32":
-    import fcntl
-    import termios
+    UNUSABLE_REQUESTS = ""
+except (ImportError, OSError) as missing:  # OSError: some versions open SSLKEYLOGFILE at once
+    if __name__ != "__main__":
+        raise
+    UNUSABLE_REQUESTS = f"the package requests cannot be used: {missing} — pip install requests"
+    Session = HTTPAdapter = object  # type: ignore[assignment,misc] # for --help and --version
+    HTTPError = OSError  # type: ignore[assignment,misc]
 
-Object = Mapping[str, Any]  # of JSON
+VERSION = "3.0.0"
+
+Object = Mapping[str, Any]  # a JSON object
 
 DEFAULT_OUTPUT_DIR = "video_outputs"
+RESULTS_PREFIX = "runway_polling_results_"
+RESULTS_MAX_BYTES = 1_000_000_000
+METADATA_MAX_BYTES = 10_000_000  # a longer .json in the output directory is another program's
+HIDDEN_DIR = ".dsv"
+GALLERY_NAME = "index.html"
+
+DEFAULT_WORKERS = 32
 MAX_WORKERS = 64
+DEFAULT_TIMEOUT_S = 30.0
+DEFAULT_RETRIES = 3
 
-BACKOFF_BASE_S = 0.5
-RETRY_AFTER_CAP_S = 60.0
-STILL_SERVING_S = 10.0
-NEVER = -math.inf  # on the monotonic clock
-STALL_BYTES_PER_SECOND = 1024
-READ_BYTES = 512 * 1024
-TLS_RECORD_BYTES = 16 * 1024 + 261  # RFC 8446, 5.2, with its head
 BYTES_PER_MB = 1024 * 1024
-NAME_MAX_BYTES = 255
+NAME_MAX_BYTES = 143  # eCryptfs and encrypted folders of some NAS take no longer names
 NAME_TRIES = 10
-
-TICK_S = 0.25
-STOP_GRACE_S = 1.0
-SILENCE_S = 30.0
+DAY_S = 86_400.0
 
 EXISTING_SHOWN = 3
 LISTED = 10
 NAMES_SHOWN = 20
-
-RUNWAY_BASE_URL = "https://api.dev.runwayml.com"
-RESULTS_PREFIX = "runway_polling_results_"
-GALLERY_NAME = "index.html"
+BLOCKS_SHOWN = 20  # a run of more tasks prints one line for each video
 
 
 # --- Errors: the class says what helps --------------------------------------------------------
 
 
-class DownloaderError(Exception):
-    """Base of everything this script raises on purpose; its text is one line for a person."""
+@dataclass(frozen=True)
+class Fault:
+    """Why one video failed.
 
-
-class JobError(DownloaderError):
-    """The run as a whole, or a results file, cannot be used: exit 1."""
-
-
-class Cancelled(DownloaderError):
-    """The run is to end: a worker leaves its video where it is."""
-
-
-class InOtherHands(DownloaderError):
-    """Another run, or another thread, has this video in hand."""
-
-
-class TaskError(DownloaderError):
-    """One video failed for good.
-
-    ``reason`` groups what failed alike, ``detail`` is this video's own, ``hint`` what to do.
+    ``reason`` is the same for all that failed alike, ``detail`` is this video's own, ``hint`` is
+    what the user can do, and ``http_status`` is the server's answer if that was the reason.
     """
 
-    def __init__(self, reason: str, hint: str, detail: str = "") -> None:
-        super().__init__(reason, hint, detail)
-        self.reason, self.hint, self.detail = reason, hint, detail
+    reason: str
+    hint: str
+    detail: str = ""
+    http_status: int | None = None
 
     @property
     def why(self) -> str:
@@ -162,16 +188,83 @@ class TaskError(DownloaderError):
         return f"{self.why} — {self.hint}"
 
 
+class DownloaderError(Exception):
+    """Base of everything that this script raises on purpose."""
+
+
+class JobError(DownloaderError):
+    """The run as a whole, or a results file, cannot go on: exit code 1. Its text is one line."""
+
+
+class DiskFull(JobError):
+    """There is no space left to do what the text says; the run adds where."""
+
+
+class Cancelled(DownloaderError):
+    """The run is ending, or has given this download up: its thread is to touch nothing more."""
+
+
+class Later(DownloaderError):
+    """The download is to be continued after ``wait_s`` seconds.
+
+    ``is_pressure`` says that the server asks us to slow down, and ``is_in_other_hands`` that
+    another run is at work on the video.
+    """
+
+    def __init__(
+        self, wait_s: float, why: str, is_pressure: bool = False, is_in_other_hands: bool = False
+    ) -> None:
+        super().__init__(why)
+        self.wait_s = wait_s
+        self.why = why
+        self.is_pressure = is_pressure
+        self.is_in_other_hands = is_in_other_hands
+
+
+class NotSucceeded(DownloaderError):
+    """Runway says that a task which polling gave up on has not succeeded, or not yet."""
+
+    def __init__(self, runway_status: str) -> None:
+        super().__init__(runway_status)
+        self.runway_status = runway_status
+
+
+class TaskError(DownloaderError):
+    """One video failed for good, as ``fault`` says."""
+
+    def __init__(
+        self, reason: str, hint: str, detail: str = "", http_status: int | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.fault = Fault(reason, hint, detail, http_status)
+
+
 class TransientError(TaskError):
     """The same request may succeed later, after ``wait_s`` seconds if the server said so.
 
-    ``served_at`` is when an overloaded server last served another, on the monotonic clock; of
-    other faults, never.
+    ``is_pressure`` says that the server is only asking us to slow down.
     """
 
-    def __init__(self, reason: str, wait_s: float | None = None, served_at: float = NEVER) -> None:
-        super().__init__(reason, "run again to try once more")
-        self.wait_s, self.served_at = wait_s, served_at
+    def __init__(
+        self,
+        reason: str,
+        wait_s: float = 0.0,
+        is_pressure: bool = False,
+        http_status: int | None = None,
+    ) -> None:
+        super().__init__(reason, "run again to try once more", http_status=http_status)
+        self.wait_s = wait_s
+        self.is_pressure = is_pressure
+
+
+class PartGone(TransientError):
+    """A hidden file is gone, and the download begins anew.
+
+    That uses up no try, but is not endured without end.
+    """
+
+    def __init__(self, reason: str = "somebody removed the hidden file") -> None:
+        super().__init__(reason)
 
 
 class LinkDead(TaskError):
@@ -181,36 +274,65 @@ class LinkDead(TaskError):
 NO_LINK = 'the row has no usable "video_url"'
 
 
+def is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_error(error: OSError, action: str) -> DownloaderError:
+    """Return what an OSError of the local disk, met when we wanted to ``action``, means.
+
+    A full disk ends the run, too many open files will pass, and the rest fails the task.
+    """
+    if is_full(error):
+        return DiskFull(f"could not {action}")
+    reason = f"could not {action}: {error.strerror or type(error).__name__}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return TransientError(reason)
+    return TaskError(reason, "look at the output directory, then run again")
+
+
 @contextlib.contextmanager
 def disk_errors(action: str) -> Iterator[None]:
-    """Turn an OSError of the local disk into the failure of the run (full) or of the task."""
+    """Turn an OSError of the local disk into a `disk_error`.
+
+    FileExistsError passes: somebody has taken a name, which is for the caller to settle.
+    """
     try:
         yield
     except FileExistsError:
-        raise  # somebody has taken a name, which is for the caller to settle
+        raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise JobError(f"no space left, could not {action}: make room, run again") from None
-        reason = f"could not {action}: {error.strerror or type(error).__name__}"
-        raise TaskError(reason, "look at the output directory, then run again") from None
+        raise disk_error(error, action) from None
 
 
 # --- Text for people: nothing of a link's query, no control characters ------------------------
 
 
 def bare(text: object) -> str:
-    """``text`` with no user, query and fragment in its links."""
+    """Return ``text`` with no user, query or fragment in its links."""
     return re.sub(r"(?i)(https?:/+)(?:[^\s/?#]*@)?([^\s?#]*)\S*", r"\1\2", str(text))
 
 
 def printable(text: object) -> str:
-    """``text`` with all links bare, and ``?`` for what a terminal might obey instead of show."""
-    text = bare(text)
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    """Return ``text`` with bare links, and ``?`` for what a terminal would obey, not show."""
+    safe = bare(text)
+    if safe.isprintable():
+        return safe
+    return "".join(each if each.isprintable() else "?" for each in safe)
 
 
 def shown_id(task_id: str) -> str:
     return f"{printable(task_id[:8])}..." if task_id else "unknown"
+
+
+def shown_link(link: str) -> str:
+    """Return the first 50 characters of ``link``, without its query."""
+    text = printable(link)
+    return text if len(text) <= 50 else f"{text[:50]}..."
+
+
+def shown_time(unix_seconds: float) -> str:
+    return f"{utc(unix_seconds):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def utc(unix_seconds: float) -> datetime:
@@ -221,157 +343,112 @@ def megabytes(size_bytes: float) -> str:
     return f"{size_bytes / BYTES_PER_MB:.2f} MB"
 
 
-def counted(count: int) -> str:
-    return "1 video" if count == 1 else f"{count:,} videos"
+def counted(count: int, noun: str = "video") -> str:
+    return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def shortened(lines: Sequence[str], limit: int) -> list[str]:
-    """At most ``limit`` of ``lines``; what is left out is counted."""
+    """Return at most ``limit`` of ``lines``, and a line that counts what is left out."""
     left_out = len(lines) - limit
-    return list(lines) if left_out <= 0 else [*lines[:limit], f"… and {left_out:,} more"]
+    if left_out <= 0:
+        return list(lines)
+    return [*lines[:limit], f"… and {left_out:,} more"]
+
+
+def digest(text: str) -> str:
+    """Return the SHA-256 of ``text`` in hexadecimal; text of JSON may hold lone surrogates."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 # --- Results files: which ones, and what is in them -------------------------------------------
 
+STANDARD_INPUT = Path("-")
+LOOKS_LIKE = '{"task_results": [{"task_id": …, "final_status": "SUCCEEDED", "video_url": …}]}'
+
 
 def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
-    """The polling-results files in ``directories``, each once, latest first."""
-    pattern = f"{RESULTS_PREFIX}*.json"
-    found = (Path(each, name) for each in directories for name in glob(pattern, root_dir=each))
-    files = {os.path.realpath(path): path for path in found if os.path.isfile(path)}
-    return sorted(files.values(), key=results_time, reverse=True)
+    """Return the polling-results files in ``directories``, each once, latest first."""
+    files: dict[str, Path] = {}
+    for directory in directories:
+        for name in glob(f"{RESULTS_PREFIX}*.json", root_dir=directory):
+            path = Path(directory, name)
+            if not path.is_dir():  # a dangling link is said to be unreadable
+                files[os.path.realpath(path)] = path
+    return sorted(files.values(), key=results_order, reverse=True)
 
 
-def results_time(path: Path) -> tuple[float, str]:
-    """Sorts results files: when they were saved, in Unix seconds, then by name.
+def results_order(path: Path) -> tuple[str, str]:
+    """Return what sorts results files: when ``path`` was saved, then its name.
 
-    The time in the name counts, since a clone or copy makes all modification times equal;
-    a name without one counts by its modification time.
+    Times are compared as written, in local time, so no time zone or change of the clock can
+    reorder the files.
+    """
+    return f"{saved_at(path):%Y%m%d_%H%M%S}", path.name
+
+
+def saved_at(path: Path) -> datetime:
+    """Return when a results file was saved, in naive local time.
+
+    The time in the name counts, since a clone or copy makes all modification times equal. A
+    name without one counts by its modification time, standard input as saved now.
     """
     for match in re.finditer(r"[0-9]{8}_[0-9]{6}", path.name):
         with contextlib.suppress(ValueError):
-            return datetime.strptime(match[0], "%Y%m%d_%H%M%S").timestamp(), path.name
-    return os.path.getmtime(path) if os.path.exists(path) else 0.0, path.name
+            return datetime.strptime(match[0], "%Y%m%d_%H%M%S")
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        return datetime.fromtimestamp(path.stat().st_mtime)
+    return datetime.now()
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The object in results file ``path``, with its ``task_results`` list.
+    """Return results file ``path`` as an object with a list ``task_results``.
 
-    Raises `JobError` in one line for whatever can be wrong with it.
+    Raises `JobError`, in one line, for whatever can be wrong with the file.
     """
+    name = "standard input" if path == STANDARD_INPUT else printable(path)
     try:
-        document = json.loads(path.read_bytes().decode("utf-8-sig"))
+        return parse_results(read_input(path))
     except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
-    except (ValueError, RecursionError) as error:  # their texts tell line and column, or byte
-        reason = f"cannot be read as JSON in UTF-8: {printable(error)}"
-    else:
-        if isinstance(document, dict) and isinstance(document.get("task_results"), list):
-            return document
-        looks = '{"task_results": [{"task_id": …, "final_status": "SUCCEEDED", "video_url": …}]}'
-        reason = f"is not a polling-results file, which looks like {looks}"
-    raise JobError(f"{printable(path)}: {reason} — name another, or run the polling step again")
+        reason = f"cannot be read: {error.strerror or type(error).__name__}"
+    except (ValueError, RecursionError) as error:
+        reason = printable(error)
+    raise JobError(f"{name}: {reason} — name another file, or run the polling step again")
 
 
-# --- Tasks: one SUCCEEDED row each ------------------------------------------------------------
-
-_MADE_FIELDS = ("task_id", "target_filename_stub", "image_path", "prompt")
-TEXT_FIELDS = (*_MADE_FIELDS, "timestamp", "completion_time", "status")
-EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")
-_LINK = re.compile(  # [user@]host[:port], then path, query, fragment or nothing
-    r"(?i)https?://([^/?#@ ]*@)?(\[[0-9a-f:.]+\]|[^/?#@:\[\]\\ ]+)(:[0-9]{1,5})?([/?#][^\\ ]*)?"
-)
+def read_input(path: Path) -> bytes:
+    """Return the bytes of ``path``; raises OSError, and ValueError for absurdly many."""
+    if path == STANDARD_INPUT:
+        return read_to_the_end(sys.stdin.buffer)
+    with open(path, "rb") as file:
+        return read_to_the_end(file)
 
 
-def usable_link(value: object) -> str:
-    """``value`` as an http(s) link that can be asked for, or ``""``."""
-    link = value.strip() if isinstance(value, str) else ""
-    return link if _LINK.fullmatch(link) and link.isprintable() else ""
+def read_to_the_end(file: BinaryIO) -> bytes:
+    blocks = []
+    size_bytes = 0
+    while block := file.read(BYTES_PER_MB):
+        blocks.append(block)
+        size_bytes += len(block)
+        if size_bytes > RESULTS_MAX_BYTES:
+            raise ValueError("is larger than 1 GB, so it is no polling-results file")
+    return b"".join(blocks)
 
 
-def link_expiry(link: str) -> float:
-    """When ``link`` dies, in Unix seconds: ``exp`` of its ``_jwt`` (RFC 7519), unverified.
+def parse_results(data: bytes) -> dict[str, Any]:
+    """Return the polling results in ``data``: the poller's object, or Runway's own answers.
 
-    Infinity when the link does not say, or talks nonsense.
+    Raises ValueError, with line and column or byte, for what is no JSON in UTF-8.
     """
-    tokens = re.findall(r"[?&]_jwt=[^.&#]*\.([^.&#]+)", link)
     try:
-        expiry = float(json.loads(base64.urlsafe_b64decode(tokens[0] + "=="))["exp"])
-    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-        return math.inf
-    return expiry if 0 < expiry < 253402300800 else math.inf  # the year 10000
-
-
-@dataclass(frozen=True)
-class Task:
-    """A SUCCEEDED row, checked: ``stub`` is a safe name, ``link`` usable or empty.
-
-    Two tasks with the same ``key`` are the same one.
-    """
-
-    task_id: str
-    stub: str
-    link: str = field(repr=False)
-    key: str = field(repr=False)
-    row: Object = field(repr=False)
-
-    @functools.cached_property
-    def suffix(self) -> str:
-        """What tells its names from those of other tasks with its stub."""
-        return "_" + (safe_stub(self.task_id[:8]) or digest(self.key)[:8])
-
-
-def row_key(row: Object) -> str:
-    """Equal for two rows of the same task: its id; without one the link, bare of its query."""
-    if task_id := text_of(row, "task_id"):
-        return f"id {task_id}"
-    link = usable_link(row.get("video_url"))
-    return f"link {printable(link)}" if link else ""
-
-
-def read_rows(results: Object) -> tuple[list[Task], list[str], list[str]]:
-    """The SUCCEEDED tasks of a results object, in order; a line on others; what is wrong."""
-    tasks, wrong, others = list[Task](), list[str](), Counter[str]()
-    rows = results.get("task_results")
-    for number, row in enumerate(rows if isinstance(rows, list) else (), 1):
-        status = as_object(row).get("final_status")
-        if not isinstance(row, dict) or not isinstance(status, str | None):
-            wrong.append(f"row {number}: no object with a text as final_status: passed over")
-        elif status == "SUCCEEDED":
-            tasks.append(task_from_row(row))
-            odd = [key for key in TEXT_FIELDS if not isinstance(row.get(key), str | None)]
-            wrong += [f'row {number}: "{key}" is not text: not used' for key in odd]
-        else:
-            others[printable(status[:20]) if status else "still running"] += 1
-    counts = ", ".join(f"{count:,} {status}" for status, count in others.items())
-    return tasks, [f"  ℹ️ Not downloaded: {counts}"] if counts else [], wrong
-
-
-def task_from_row(row: Object) -> Task:
-    """The task of SUCCEEDED ``row``; a text field of another type counts as missing."""
-    task_id, link = text_of(row, "task_id"), usable_link(row.get("video_url"))
-    default = f"video_{task_id[:8] or 'unknown'}"
-    stub = safe_stub(text_of(row, "target_filename_stub")) or safe_stub(default)
-    return Task(task_id, stub, link, row_key(row), row)
-
-
-def as_object(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def text_of(row: Object, key: str) -> str:
-    value = row.get(key)
-    return value if isinstance(value, str) else ""
-
-
-def merge_tasks(tasks: Iterable[Task]) -> list[Task]:
-    """Each task once, with the first row found that has a link: the freshest comes first."""
-    merged: dict[str, Task] = {}
-    for number, task in enumerate(tasks):
-        key = task.key or f"unknown {number}"
-        if key not in merged or (task.link and not merged[key].link):
-            merged[key] = task
-    return list(merged.values())
+        document = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be read as JSON in UTF-8: {error}") from None
+    if isinstance(document, dict) and isinstance(document.get("task_results"), list):
+        return document
+    rows = document if isinstance(document, list) else [document]
+    if any(looks_like_a_task(row) for row in rows):
+        return {"task_results": rows}
+    raise ValueError(f"is not a polling-results file, which looks like {LOOKS_LIKE}")
 
 
 # --- Names: a stub is a name, never a path ----------------------------------------------------
@@ -386,36 +463,361 @@ _RESERVED = re.compile(  # https://learn.microsoft.com/windows/win32/fileio/nami
 
 
 def safe_stub(stub: str) -> str:
-    """``stub`` as a name any common file system takes; ``""`` when nothing is left of it.
+    """Return ``stub`` as a name that any common file system takes, ``""`` if nothing is left.
 
     An ordinary stub comes back to the letter. Leading dots would hide the video.
     """
-    name = _UNSAFE.sub("_", stub)
+    name = in_locale(_UNSAFE.sub("_", stub))
     if not name.strip():
         return ""
     name = re.sub(r"\A\.+", lambda dots: "_" * len(dots[0]), name)
-    return fit(f"_{name}" if _RESERVED.match(name) or name.startswith(RESULTS_PREFIX) else name)
+    if _RESERVED.match(name) or name.startswith(RESULTS_PREFIX):
+        name = f"_{name}"
+    return fit(name)
+
+
+def in_locale(name: str) -> str:
+    """Return ``name`` with ``_`` for what the locale's encoding of file names cannot hold."""
+    encoding = sys.getfilesystemencoding()
+    return name.encode(encoding, "replace").decode(encoding).replace("?", "_")
 
 
 def fit(stub: str, suffix: str = "") -> str:
-    """``stub + suffix``, the stub cut so that ``.json`` and ``.mp4`` fit a file name."""
+    """Return ``stub + suffix``, the stub cut so that ``.json`` behind it fits a file name."""
     room = NAME_MAX_BYTES - len(suffix.encode()) - len(".json")
     return stub.encode()[:room].decode(errors="ignore") + suffix
 
 
-def stubs_with_id(task: Task) -> Iterator[str]:
-    """The names for when its stub is somebody else's: with its id, then with a number, too."""
-    for number in itertools.count(1):
-        yield fit(task.stub, task.suffix + (f"_{number}" if number > 1 else ""))
-
-
 def fold(name: str) -> str:
-    """The same for two names that some file system takes for one: case and Unicode form."""
+    """Return the same for names that a case-insensitive or normalising file system equates."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+# --- Rows and tasks: each fact of a row is read in one place ----------------------------------
+
+SUCCEEDED = "SUCCEEDED"
+ENDED_STATUSES = {"FAILED", "CANCELLED"}
+RUNWAY_STATUSES = {"PENDING", "RUNNING", "THROTTLED", SUCCEEDED, *ENDED_STATUSES}
+
+FIRST_YEAR = 2018
+ASKED_FOR_S = 7 * DAY_S  # Runway is not asked about tasks that were submitted longer ago
+WARNED_FOR_S = 3 * DAY_S
+
+TEXT_FIELDS = (
+    *("task_id", "id", "final_status", "status", "prompt", "promptText"),
+    *("target_filename_stub", "image_path", "completion_time"),
+    *("timestamp", "createdAt", "created_at"),
+)
+EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")
+
+
+def as_object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def text_of(row: Object, *names: str) -> str:
+    """Return the first of the fields ``names`` that is a non-empty text, else ``""``."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, str) and value:
+            return value
+    return ""
+
+
+def row_id(row: Object) -> str:
+    return text_of(row, "task_id", "id")
+
+
+def row_status(row: Object) -> str:
+    """Return the status in capitals; the poller's goes before the one at submission."""
+    status = text_of(row, "final_status", "status").strip().upper()
+    return "CANCELLED" if status == "CANCELED" else status
+
+
+def row_links(row: Object) -> list[str]:
+    """Return the usable links of ``row``: of ``video_url``, else of ``output``."""
+    for name in ("video_url", "output"):
+        value = row.get(name)
+        values = value if isinstance(value, list) else [value]
+        links = [link for each in values if (link := usable_link(each))]
+        if links:
+            return links
+    return []
+
+
+def row_link(row: Object) -> str:
+    """Return the link to the video, the first of several, else ``""``."""
+    links = row_links(row)
+    return links[0] if links else ""
+
+
+def row_prompt(row: Object) -> str:
+    return text_of(row, "prompt", "promptText")
+
+
+def row_submitted(row: Object) -> str:
+    """Return when the task was submitted, as the row has it."""
+    return text_of(row, "timestamp", "createdAt", "created_at")
+
+
+def looks_like_a_task(row: object) -> bool:
+    """Whether a bare object is a task of Runway: it has an id, and a status or a link."""
+    if not isinstance(row, dict) or not row_id(row):
+        return False
+    return bool(row_status(row) or row_link(row))
+
+
+_LINK = re.compile(  # [user@]host[:port], then path, query, fragment or nothing
+    r"https?://([^/?#@\s]*@)?(\[[0-9a-f:.]+\]|[^/?#@:\[\]\\\s]+)(:[0-9]{1,5})?([/?#].*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def usable_link(value: object) -> str:
+    """Return ``value`` if it is an http(s) URL that can be requested, else ``""``.
+
+    Characters that a URL must quote may be there as they are: requests quotes them.
+    """
+    link = value.strip() if isinstance(value, str) else ""
+    with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate cannot be quoted
+        link.encode()
+        return link if _LINK.fullmatch(link) else ""
+    return ""
+
+
+def link_expiry(link: str) -> float:
+    """Return when ``link`` dies, in Unix seconds: ``exp`` of its ``_jwt`` (RFC 7519).
+
+    Returns ``math.inf`` if the link carries no readable expiry.
+    """
+    tokens = re.findall(r"[?&]_jwt=[^.&#]*\.([^.&#]+)", link)
+    try:
+        expiry = float(json.loads(base64.urlsafe_b64decode(tokens[0] + "=="))["exp"])
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return math.inf
+    return expiry if 0 < expiry < 253402300800 else math.inf  # the year 10000
+
+
+def parse_time(text: str) -> float | None:
+    """Return an ISO time in Unix seconds, ``None`` for nonsense.
+
+    Without an offset it is local, as the poller writes it. A time before Runway made videos is
+    nonsense, too: some programs write the year 1 for an empty field.
+    """
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        whole_seconds = re.sub(r"\.[0-9]+", "", text.strip())
+        moment = datetime.fromisoformat(re.sub(r"[Zz]$", "+00:00", whole_seconds))
+        return moment.timestamp() if moment.year >= FIRST_YEAR else None
+    return None
+
+
+class State(Enum):
+    """How far a row says that its task has come."""
+
+    SUCCEEDED = "SUCCEEDED"
+    ENDED = "FAILED or CANCELLED"
+    UNFINISHED = "not finished"  # polling gave up on it
+    UNKNOWN = "neither, and without an id nobody can ask"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row, checked: ``stub`` is a safe name, ``link`` can be requested or is empty.
+
+    ``submitted_s`` is when Runway was asked to make it, in Unix seconds. Two tasks with the same
+    ``key`` are the same one; a task with neither id nor link has the key ``""``.
+    """
+
+    task_id: str
+    stub: str
+    link: str = field(repr=False)
+    state: State
+    submitted_s: float
+    row: Object = field(repr=False)
+
+    @functools.cached_property
+    def key(self) -> str:
+        return row_key(self.row)
+
+    @functools.cached_property
+    def file_key(self) -> str:
+        """What its hidden files are named after."""
+        return digest(self.key or repr(self.row))[:16]
+
+    @property
+    def fallback_stubs(self) -> list[str]:
+        """The names it gets when its stub is somebody else's: with its id, then with a hash.
+
+        The hash is of the id, else of the link without its query.
+        """
+        identity = self.task_id or printable(self.link)
+        suffixes = [safe_stub(self.task_id[:8]), digest(identity)[:16]]
+        return [fit(self.stub, f"_{each}") for each in suffixes if each]
+
+    def owns(self, metadata: Object) -> bool:
+        """Whether ``metadata`` is about this task."""
+        return bool(self.key) and owner_key(metadata) == self.key
+
+    def is_asked_about(self, now_s: float) -> bool:
+        """Whether polling gave up on it so lately that Runway is worth asking."""
+        is_recent = now_s - self.submitted_s <= ASKED_FOR_S
+        return self.state is State.UNFINISHED and bool(self.task_id) and is_recent
+
+    def succeeded(self, link: str) -> Task:
+        """Return the same task as Runway describes it now: SUCCEEDED, with this link."""
+        return replace(self, state=State.SUCCEEDED, link=link)
+
+
+def row_key(row: Object) -> str:
+    """Return what identifies the task of ``row``: its id, else its link without the query."""
+    task_id = row_id(row)
+    if task_id:
+        return f"id {task_id}"
+    link = row_link(row)
+    return f"link {printable(link)}" if link else ""
+
+
+def owner_key(metadata: Object) -> str:
+    """Return the key of the task that ``metadata`` is about, ``""`` if it names none."""
+    return row_key(as_object(metadata.get("runway_task_json")))
+
+
+def wanted_stub(row: Object) -> str:
+    """Return the name that ``row`` asks for, made safe, without suffix."""
+    default = f"video_{row_id(row)[:8] or 'unknown'}"
+    return safe_stub(text_of(row, "target_filename_stub")) or safe_stub(default)
+
+
+def row_state(row: Object) -> State:
+    status = row_status(row)
+    if status == SUCCEEDED:
+        return State.SUCCEEDED
+    if status in ENDED_STATUSES:
+        return State.ENDED
+    return State.UNFINISHED if row_id(row) else State.UNKNOWN
+
+
+def task_from_row(row: Object, stub: str = "", saved_s: float | None = None) -> Task:
+    """Return the task of ``row``.
+
+    ``stub`` is its name if that is not for the row to say. ``saved_s`` is when its results were
+    saved, in Unix seconds, for a row that does not say when it was submitted.
+    """
+    default_s = time.time() if saved_s is None else saved_s
+    return Task(
+        task_id=row_id(row),
+        stub=safe_stub(stub) or wanted_stub(row),
+        link=row_link(row),
+        state=row_state(row),
+        submitted_s=parse_time(row_submitted(row)) or default_s,
+        row=row,
+    )
+
+
+def wrong_with_row(row: object) -> list[str]:
+    """Say what keeps ``row``, or a field of it, from use."""
+    if not isinstance(row, dict):
+        return ["no object: passed over"]
+    odd = [name for name in TEXT_FIELDS if not isinstance(row.get(name), str | None)]
+    wrong = [f'"{name}" is not text: not used' for name in odd]
+    if row_state(row) is State.UNKNOWN and not row_link(row):
+        wrong.append(f"no id, and its status is {shown_status(row)}: passed over")
+    return wrong
+
+
+def shown_status(row: Object) -> str:
+    written = text_of(row, "final_status", "status")
+    return f'"{printable(written[:40])}"' if written else "missing"
+
+
+def api_key() -> str:
+    return os.environ.get("RUNWAYML_API_SECRET", "").strip()
+
+
+def is_brought_home(task: Task) -> bool:
+    """Whether there is something to do for a task: it SUCCEEDED, or Runway may say that it did."""
+    if task.state is State.UNFINISHED:
+        return bool(api_key()) and task.is_asked_about(time.time())
+    return task.state is State.SUCCEEDED
+
+
+def passed_over_link(task: Task) -> str:
+    """Say that a task has a link but a status that is none of Runway's, ``""`` if it has not."""
+    is_known = row_status(task.row) in RUNWAY_STATUSES
+    if is_known or not task.link:
+        return ""
+    what = f"task {shown_id(task.task_id)} has a link, but its status is {shown_status(task.row)}"
+    if is_brought_home(task):
+        return f"{what}: Runway is asked about it"
+    return f"{what}: not downloaded"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one results file holds: a task for each row, and what is ``wrong`` with rows."""
+
+    tasks: list[Task]
+    wrong: list[str]
+
+
+def read_rows(results: Object, name_row: Callable[[Object], str], saved_s: float) -> Rows:
+    """Read all rows of a results object; ``name_row`` gives each row's stub."""
+    found = Rows([], [])
+    rows = results.get("task_results")
+    for number, row in enumerate(rows if isinstance(rows, list) else [], 1):
+        found.wrong.extend(f"row {number}: {each}" for each in wrong_with_row(row))
+        if isinstance(row, dict):
+            found.tasks.append(task_from_row(row, name_row(row), saved_s))
+    return found
+
+
+def merge_tasks(tasks: Iterable[Task]) -> list[Task]:
+    """Return each task once, by the first of the best rows that there are of it.
+
+    A row that says SUCCEEDED is better than one that does not, then one with a link is better
+    than one without. The freshest rows come first.
+    """
+    merged: dict[str, Task] = {}
+    for number, task in enumerate(tasks):
+        key = task.key or f"unknown {number}"
+        if key not in merged or row_rank(task) > row_rank(merged[key]):
+            merged[key] = task
+    return list(merged.values())
+
+
+def row_rank(task: Task) -> tuple[bool, bool, bool]:
+    is_final = task.state in (State.SUCCEEDED, State.ENDED)
+    return task.state is State.SUCCEEDED, bool(task.link), is_final
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which tasks the command line asks for; all of them by default.
+
+    ``only`` and ``skip`` hold ids, or their first 8 characters or more. Of ``shard`` (k, n), the
+    k-th of n parts is taken, whatever else the files hold.
+    """
+
+    only: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    shard: tuple[int, int] = (1, 1)
+
+    def takes(self, task: Task) -> bool:
+        if self.only and not is_named(task.task_id, self.only):
+            return False
+        if is_named(task.task_id, self.skip):
+            return False
+        part, parts = self.shard
+        return int(digest(fold(task.stub)), 16) % parts == part - 1
+
+
+def is_named(task_id: str, names: Iterable[str]) -> bool:
+    """Whether one of ``names`` is ``task_id``, or at least 8 characters that it begins with."""
+    for name in names:
+        is_prefix = len(name) >= 8 and task_id.startswith(name)
+        if is_prefix or task_id == name != "":
+            return True
+    return False
 
 
 # --- What a file is, by its bytes (ISO/IEC 14496-12) ------------------------------------------
@@ -434,34 +836,39 @@ class Content(Enum):
 
 KEPT = {Content.WHOLE, Content.SURPLUS, Content.OTHER}  # what came whole, since its link dies
 
-_BOXES = b"ftyp styp moov moof mdat free skip wide pnot meta uuid sidx mfra pdin udta emsg".split()
+_BOXES = set(b"ftyp styp moov moof mdat free skip wide pnot meta uuid sidx mfra pdin udta".split())
+_BOXES |= {b"emsg"}
 _TEXT = re.compile(rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z")  # or UTF-16
+_LOOK_BYTES = 512 * 1024
 
 
 def inspect(file: BinaryIO, size_bytes: int) -> Content:
     """Look at the first bytes of ``file``, and at the heads of its boxes if it starts like one."""
     file.seek(0)
-    start = file.read(READ_BYTES)
-    if start[4:8] in _BOXES:
+    if file.read(8)[4:] in _BOXES:
         return walk_boxes(file, size_bytes)
-    blocks = itertools.chain([start], iter(functools.partial(file.read, READ_BYTES), b""))
+    file.seek(0)
+    start = file.read(_LOOK_BYTES)
+    blocks = itertools.chain([start], iter(functools.partial(file.read, _LOOK_BYTES), b""))
     if not any(block.strip(b"\0") for block in blocks):
         return Content.ZEROS
-    if len(start) < 8:  # no head of a box, or of any other container
+    if len(start) < 8:  # too short for the head of a box, or of any other container
         return Content.CUT if start[:3] == b"\0\0\0" else Content.TEXT
     return Content.TEXT if _TEXT.match(start) else Content.OTHER
 
 
 def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
-    """Section 4.2: size and type; size 1: 64 bits follow; size 0: the box goes on to the end.
+    """Follow the boxes from head to head (section 4.2): size, then type.
 
-    An unknown type with a length that does not fit is no box: it counts as surplus.
+    Size 1 says that 64 bits of size follow, size 0 that the box goes on to the end. A box of
+    unknown type whose length does not fit is no box: it counts as surplus.
     """
     offset = 0
     while offset < size_bytes:
         file.seek(offset)
         head = file.read(16).ljust(16, b"\xff")  # what is missing makes it longer than the file
-        kind, length = head[4:8], int.from_bytes(head[:4], "big")
+        kind = head[4:8]
+        length = int.from_bytes(head[:4], "big")
         if length == 1:
             length = int.from_bytes(head[8:], "big")
         if length == 0 and kind in _BOXES:
@@ -472,39 +879,79 @@ def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
     return Content.WHOLE
 
 
-def hash_file(file: BinaryIO) -> hashlib._Hash:
-    """The SHA-256 of all of ``file``, read in constant memory."""
-    sha256 = hashlib.sha256()
-    file.seek(0)
-    while block := file.read(READ_BYTES):
-        sha256.update(block)
-    return sha256
-
-
-def file_info(file: BinaryIO, sha256: hashlib._Hash | None = None) -> dict[str, Any]:
-    """What the metadata says of the video's ``file``, whose hash may be known already."""
-    size, digits = os.fstat(file.fileno()).st_size, (sha256 or hash_file(file)).hexdigest()
-    return {"size_bytes": size, "size_mb": round(size / BYTES_PER_MB, 2), "sha256": digits}
+def inspect_path(path: str | Path, size_bytes: int) -> Content:
+    with open(path, "rb") as file:
+        return inspect(file, size_bytes)
 
 
 # --- Metadata: <stub>.json --------------------------------------------------------------------
 
 
+def file_bytes(path: str | Path) -> int | None:
+    """Return the size of the file ``path``, ``None`` if it is not there or no regular file."""
+    with contextlib.suppress(OSError, ValueError):
+        status = status_of(path)
+        return status.st_size if status and stat.S_ISREG(status.st_mode) else None
+    return None
+
+
+def status_of(path: str | Path) -> os.stat_result | None:
+    """Return what there is under a name, ``None`` if nothing; a dead link is as it stands."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISLNK(status.st_mode):
+        return status
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return status
+        raise
+
+
+def file_info(size_bytes: int, sha256: str) -> dict[str, Any]:
+    """Return what metadata says of a file."""
+    size_mb = round(size_bytes / BYTES_PER_MB, 2)
+    return {"size_bytes": size_bytes, "size_mb": size_mb, "sha256": sha256}
+
+
+def describe_file(path: str | Path, on_block: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Hash ``path`` in constant memory and return its `file_info`; calls ``on_block`` meanwhile."""
+    sha256 = hashlib.sha256()
+    size_bytes = 0
+    with open(path, "rb") as file:
+        while block := file.read(_LOOK_BYTES):
+            sha256.update(block)
+            size_bytes += len(block)
+            on_block()
+    return file_info(size_bytes, sha256.hexdigest())
+
+
 def build_metadata(task: Task, video_name: str, info: Object, now: datetime) -> dict[str, Any]:
-    """What ``<stub>.json`` holds; ``now`` in naive local time, as the poller writes it."""
+    """Return what ``<stub>.json`` holds; ``now`` is naive local time, as the poller writes it."""
     row = task.row
-    texts = {key: text_of(row, key) for key in (*TEXT_FIELDS, "final_status", "video_url")}
-    told = {key: texts[key] for key in ("task_id", "final_status", "completion_time", "video_url")}
-    told |= {"original_status": texts["status"], "timestamp": texts["timestamp"]}
-    told |= {key: row[key] for key in EXTRA_FIELDS if key in row and is_json(row[key])}
+    told = {
+        "task_id": task.task_id,
+        "final_status": SUCCEEDED,
+        "completion_time": text_of(row, "completion_time"),
+        "video_url": task.link,
+        "original_status": text_of(row, "status"),
+        "timestamp": row_submitted(row),
+    }
+    for name in EXTRA_FIELDS:
+        if name in row and is_json(row[name]):
+            told[name] = row[name]
+    seed = row.get("seed")
     return {
         "video_file": video_name,
         "download_timestamp": now.isoformat(timespec="microseconds"),
-        "input_path": texts["image_path"],
-        "prompt": texts["prompt"],
-        "seed": row.get("seed") if is_json(row.get("seed")) else None,
+        "input_path": text_of(row, "image_path"),
+        "prompt": row_prompt(row),
+        "seed": seed if is_json(seed) else None,
         "runway_task_json": told,
-        "target_filename_stub": texts["target_filename_stub"],
+        "target_filename_stub": text_of(row, "target_filename_stub"),
         "file_info": info,
     }
 
@@ -519,78 +966,558 @@ def is_json(value: object) -> bool:
 
 
 def encode_metadata(metadata: Object) -> bytes:
-    """``metadata`` as JSON in UTF-8, readable as it is; only lone surrogates are escaped."""
+    """Return ``metadata`` as JSON in UTF-8, readable as it is; only lone surrogates are escaped."""
     text = json.dumps(metadata, indent=2, ensure_ascii=False)
     return re.sub(r"[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text).encode()
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The object in ``path``; empty for what cannot be read or is not ours to understand."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if os.path.isfile(path):  # a pipe would keep us waiting
-            with open(path, "rb", buffering=0) as file:
-                return as_object(json.loads(file.read()))
-    return {}
+def read_metadata(path: str | Path) -> dict[str, Any] | None:
+    """Return the object in ``path``, or ``None`` when nothing or an empty file is there.
 
-
-def owner_key(metadata: Object) -> str:
-    """The key of the task that ``metadata`` is about, ``""`` if it names none."""
-    return row_key(as_object(metadata.get("runway_task_json")))
-
-
-def put_metadata(path: Path, task: Task, name: str, info: Object, is_due: bool = False) -> bool:
-    """Have ``path`` describe the video ``name``; whether it was not there before.
-
-    What is there and the task's is left as it is, but for what has changed. Raises
-    FileExistsError for a file that is another task's or another program's.
+    What is not ours to understand gives an empty object. Raises OSError for a file that cannot
+    be read: whose it is nobody knows then.
     """
-    there = read_metadata(path)
-    is_ours = owner_key(there) == task.key != ""
-    metadata = there if is_ours else build_metadata(task, name, info, datetime.now())
-    changed = {"file_info": {**as_object(metadata.get("file_info")), **info}}
-    metadata = metadata | changed | ({"handed_over": False} if is_due else {})
-    if metadata == there:
-        return False
-    write_whole(path, encode_metadata(metadata), task.key, replaces=is_ours)
-    return not is_ours
-
-
-def write_whole(path: Path, data: bytes, key: str, replaces: bool) -> None:
-    """Write ``data`` to ``path``, whole or not at all: synced under the hidden name of ``key``.
-
-    Raises FileExistsError unless it ``replaces`` what is there.
-    """
-    # a name of its own, as there may be no locks
-    temporary = hidden_path(path.parent, key).with_suffix(f".{random.getrandbits(32):08x}.tmp")
+    status = status_of(path)
+    if status is None:
+        return None
+    if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
+        return {}  # a pipe would keep us waiting
+    with open(path, "rb", buffering=0) as file:
+        data = file.read()
+    if not data:
+        return None
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path, replaces)
-    finally:
-        remove(temporary)
+        return as_object(json.loads(data))
+    except (ValueError, RecursionError):
+        return {}
 
 
-def publish(hidden: Path, final: Path, replaces: bool) -> None:
-    """Give ``hidden`` the name ``final`` in one step; raises FileExistsError if that is taken.
+# --- The directory: what is there under a name ------------------------------------------------
 
-    As a second link, unless it ``replaces`` what is there or the file system has none: then it
-    is renamed, over an empty file that holds the name for a moment.
+
+def no_space_left(directory: Path, told: object) -> JobError:
+    where = printable(directory.absolute())
+    return JobError(f"no space left in {where}, {told} — make room, then run again")
+
+
+def directory_error(directory: Path, error: OSError | ValueError) -> JobError:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return no_space_left(directory, "could not write a first file")
+    reason = str(getattr(error, "strerror", None) or error).lower()
+    what = f"the output directory {printable(directory)} cannot be used: {reason}"
+    return JobError(f"{what} — mend that, or choose another with --output-dir")
+
+
+class Holding(Enum):
+    """What there is under one name, as one task sees it."""
+
+    OWN_VIDEO = "this task's video, with its metadata"
+    OWN_METADATA = "this task's metadata, without the video"
+    ORPHAN = "a video without metadata"
+    FREE = "nothing, or a file that is no video"
+    TAKEN = "something of somebody else's"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One name in the directory. ``size_bytes`` is of the file there, ``None`` if there is none.
+
+    ``holder`` says what keeps a task from this name.
     """
-    if not replaces:
+
+    path: Path
+    holding: Holding
+    size_bytes: int | None = None
+    holder: str = ""
+
+
+@dataclass
+class Index:
+    """The output directory as one scan saw it, and a look at single names as they are now.
+
+    ``spellings`` are the names by what they fold to. ``homes`` are the stubs of metadata by the
+    key of the task that they are about. ``promised`` are the folded stubs of videos that are on
+    their way, with the key of their task. ``wanted`` counts the tasks that want a folded stub.
+    ``hidden`` are the names of hidden directories.
+    """
+
+    directory: Path
+    spellings: dict[str, str] = field(default_factory=dict)
+    homes: dict[str, str] = field(default_factory=dict)
+    promised: dict[str, str] = field(default_factory=dict)
+    wanted: Counter[str] = field(default_factory=Counter)
+    hidden: list[str] = field(default_factory=list)
+    scanned_s: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def scan(cls, directory: Path) -> Index:
+        """Read all metadata once; raises `JobError` for a directory that cannot be listed."""
+        index = cls(directory)
+        for name in list_names(directory):
+            index.spellings[fold(name)] = name
+            if name.startswith(HIDDEN_DIR):
+                index.hidden.append(name)
+        for stub, metadata in described_videos(directory, index.spellings.values()):
+            index._note_home(owner_key(metadata), stub)
+        return index
+
+    def _note_home(self, key: str, stub: str) -> None:
+        """Remember where a task's metadata is; of several, the one whose video is there."""
+        first = self.homes.get(key, stub)
+        if not key or (first != stub and file_bytes(self.directory / f"{first}.mp4")):
+            return
+        self.homes[key] = stub
+
+    def note_video(self, task: Task, stub: str) -> None:
+        """Remember a video that this run has published, with its metadata."""
+        self.homes[task.key] = stub
+        for name in (f"{stub}.mp4", f"{stub}.json"):
+            self.spellings[fold(name)] = name
+
+    def look(self, task: Task, stub: str) -> Place:
+        """Return what ``task`` finds under the name ``stub`` now.
+
+        Raises `TaskError` when that cannot be read: then it is nobody's to write to.
+        """
+        path = self.directory / f"{stub}.mp4"
+        metadata_path = self.directory / f"{stub}.json"
+        with disk_errors(f"read {printable(metadata_path.name)}"):
+            metadata = read_metadata(metadata_path)
+            video = status_of(path)
+        if video and not stat.S_ISREG(video.st_mode):
+            return Place(path, Holding.TAKEN, holder=f"{path.name} is no file")
+        size = video.st_size if video else None
+        if metadata is not None and task.owns(metadata):
+            return Place(path, Holding.OWN_VIDEO if size else Holding.OWN_METADATA, size)
+        holder = self._other_spelling(path) or self._other_spelling(metadata_path)
+        if not holder and metadata is not None:
+            holder = describe_holder(path, metadata_path, metadata, size)
+        if holder:
+            return Place(path, Holding.TAKEN, size, holder)
+        return self._look_without_metadata(task, path, size)
+
+    def _look_without_metadata(self, task: Task, path: Path, size: int | None) -> Place:
+        if size:
+            with disk_errors(f"read {printable(path.name)}"):
+                is_video = inspect_path(path, size) in KEPT
+            if is_video:
+                holder = f"{path.name} is another video"
+                return Place(path, Holding.ORPHAN, size, holder)
+        if self.is_promised_to_another(task, path.stem):
+            return Place(path, Holding.TAKEN, size, f"{path.name} is another task's")
+        return Place(path, Holding.FREE, size)
+
+    def is_promised_to_another(self, task: Task, stub: str) -> bool:
+        return self.promised.get(fold(stub), task.key) != task.key
+
+    def _other_spelling(self, path: Path) -> str:
+        """Say which file has ``path``'s name but for case or Unicode form, if one has."""
+        other = self.spellings.get(fold(path.name), path.name)
+        if other == path.name or not os.path.lexists(self.directory / other):
+            return ""
+        return f"{other} differs in case or Unicode form alone"
+
+
+def list_names(directory: Path) -> list[str]:
+    """Return the names in ``directory`` in order, none if it is not there."""
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise directory_error(directory, error) from None
+
+
+def described_videos(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the stub and the metadata of each video that has some, be the video there or not."""
+    for name in names:
+        is_metadata = name.endswith(".json") and not name.startswith((".", RESULTS_PREFIX))
+        if not is_metadata:
+            continue
+        with contextlib.suppress(OSError):  # its task finds out when it looks at the name
+            metadata = read_metadata(f"{directory}{os.sep}{name}")
+            if metadata and as_object(metadata.get("runway_task_json")):
+                yield name.removesuffix(".json"), metadata
+
+
+def describe_holder(path: Path, metadata_path: Path, metadata: Object, size: int | None) -> str:
+    """Say whose the metadata is, and so the name."""
+    if not owner_key(metadata):
+        return f"{metadata_path.name} is another program's file"
+    if size is None:
+        return f"{metadata_path.name} is another task's record"
+    return f"{path.name} is another task's video"
+
+
+# --- The plan: which name, and download, adopt or keep ----------------------------------------
+
+
+class Action(Enum):
+    """What is to be done for a task."""
+
+    KEEP = "its video is there"
+    REFILL = "its metadata is there, the video is to be downloaded"
+    ADOPT = "a video without metadata is its own: it gets metadata"
+    ASK = "a video without metadata is there: the size that the server announces tells whose"
+    DOWNLOAD = "the name is free"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do for ``task``, whose video is to have the name ``path``.
+
+    ``size_bytes`` is of the file that is there. ``holder`` says why it is not the wanted name.
+    """
+
+    task: Task
+    path: Path
+    action: Action
+    size_bytes: int | None = None
+    holder: str = ""
+
+
+def plan_task(task: Task, index: Index, may_adopt: bool = True) -> Plan:
+    """Find ``task`` in the directory as it is now, or the place it is to have.
+
+    Its own video or metadata wins, then a video under a name with its id, then the best free
+    name. Unless it ``may_adopt``, a video without metadata is somebody else's. Raises `TaskError`
+    when a name cannot be read, or all are taken.
+    """
+    home = index.homes.get(task.key, task.stub)
+    stubs = dict.fromkeys([home, task.stub, *task.fallback_stubs])
+    places = [index.look(task, stub) for stub in stubs]
+    for place in places:
+        if place.holding is Holding.OWN_VIDEO:
+            return Plan(task, place.path, Action.KEEP, place.size_bytes)
+    for place in places:
+        if place.holding is Holding.OWN_METADATA:
+            return Plan(task, place.path, Action.REFILL, place.size_bytes)
+    if may_adopt:
+        for place in places:
+            is_by_id = place.path.stem in task.fallback_stubs or is_default_name(task, place)
+            is_promised = index.is_promised_to_another(task, place.path.stem)
+            if place.holding is Holding.ORPHAN and is_by_id and not is_promised:
+                return plan_orphan_by_id(task, place)
+    return plan_free_place(task, places, may_adopt)
+
+
+def is_default_name(task: Task, place: Place) -> bool:
+    """Whether the name is ``video_<id>``, which holds the id, too."""
+    return bool(task.task_id) and place.path.stem == safe_stub(f"video_{task.task_id[:8]}")
+
+
+def plan_orphan_by_id(task: Task, place: Place) -> Plan:
+    """Plan for a video whose name holds the task's id.
+
+    A task that polling gave up on has it, but adopts nothing: its facts are not known yet.
+    """
+    is_finished = task.state is State.SUCCEEDED
+    action = Action.ADOPT if is_finished else Action.KEEP
+    return Plan(task, place.path, action, place.size_bytes)
+
+
+def plan_free_place(task: Task, places: Sequence[Place], may_adopt: bool) -> Plan:
+    """Plan for the first name that is free, or whose video may turn out to be the task's."""
+    holder = ""
+    for place in places:
+        if place.holding is Holding.FREE:
+            return Plan(task, place.path, Action.DOWNLOAD, place.size_bytes, holder)
+        can_ask = may_adopt and task.key and task.state is State.SUCCEEDED
+        if place.holding is Holding.ORPHAN and can_ask:
+            return Plan(task, place.path, Action.ASK, place.size_bytes, place.holder)
+        holder = holder or place.holder
+    hint = "move one of them away with its .json, then run again"
+    taken = ", ".join(place.path.name for place in places)
+    raise TaskError("every name for it is taken", hint, printable(taken))
+
+
+def plan_all(tasks: Sequence[Task], index: Index) -> list[Plan]:
+    """Plan ``tasks`` in order, so that a rerun gives each the same name, which it is promised."""
+    index.promised.clear()
+    index.wanted = Counter(fold(task.stub) for task in tasks)
+    plans = []
+    for task in tasks:
+        plan = plan_by_index(task, index) or plan_first(task, index)
+        index.promised.setdefault(fold(plan.path.stem), task.key)
+        plans.append(plan)
+    return plans
+
+
+def plan_by_index(task: Task, index: Index) -> Plan | None:
+    """Return the plan for a video that the scan saw, so that a rerun looks at each file once."""
+    stub = index.homes.get(task.key) if task.key else None
+    if stub is None:
+        return None
+    path = index.directory / f"{stub}.mp4"
+    size = file_bytes(path)
+    return Plan(task, path, Action.KEEP, size) if size else None
+
+
+def plan_first(task: Task, index: Index) -> Plan:
+    """Return the plan for ``task``; what cannot be read is found out again, and said, later."""
+    try:
+        return plan_task(task, index)
+    except TaskError:
+        return Plan(task, index.directory / f"{task.stub}.mp4", Action.DOWNLOAD)
+
+
+# --- Hidden files: parts that are written, leftovers that can be resumed -----------------------
+
+LEFTOVER_KEPT_S = 7 * DAY_S
+HIDDEN_NAME = re.compile(r"[0-9a-f]{16}\..+\.(part|tmp|left)")
+MADE_BY_ANOTHER_S = 0.1
+VALIDATOR_MAX_BYTES = 60  # it is kept in a file name, as base64
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The object on a server that bytes are the beginning of: its size, and its validator.
+
+    The validator is the strong ETag, else Last-Modified (RFC 9110, section 8.8).
+    """
+
+    total_bytes: int
+    validator: str
+
+    @property
+    def is_nameable(self) -> bool:
+        return 0 < len(self.validator) <= VALIDATOR_MAX_BYTES and self.total_bytes > 0
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """The beginning of an object, which an earlier attempt let go of."""
+
+    path: Path
+    size_bytes: int
+    source: Source
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size_bytes == self.source.total_bytes
+
+
+def leftover_name(file_key: str, source: Source) -> str:
+    """Return a name that says what the bytes are the beginning of: no crash can part the two."""
+    validator = base64.urlsafe_b64encode(source.validator.encode("latin-1")).decode()
+    return f"{file_key}.{random_hex()}.{source.total_bytes}.{validator}.left"
+
+
+def parse_leftover(path: Path) -> Leftover | None:
+    """Return the leftover ``path`` if its name and size say that it can be resumed."""
+    with contextlib.suppress(ValueError, OSError):
+        _key, _random, total, validator, suffix = path.name.split(".")
+        source = Source(int(total), base64.urlsafe_b64decode(validator).decode("latin-1"))
+        size = file_bytes(path) or 0
+        has_some = source.is_nameable and 0 < size <= source.total_bytes
+        if suffix == "left" and has_some and os.access(path, os.R_OK):
+            return Leftover(path, size, source)
+    return None
+
+
+def newest_leftover(paths: Iterable[Path]) -> Leftover | None:
+    found = [each for each in map(parse_leftover, paths) if each]
+    return min(found, key=lambda each: age_s(each.path), default=None)
+
+
+def random_hex() -> str:
+    return f"{random.getrandbits(32):08x}"
+
+
+@functools.cache
+def host_name() -> str:
+    """Return what tells this machine, and this namespace of process ids, from all others."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return digest(" ".join(facts))[:8]
+
+
+def is_process_alive(pid: int) -> bool:
+    """Whether this host may have a process ``pid``; only a POSIX system can be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def owner_is_gone(name: str) -> bool:
+    """Whether the hidden file ``name`` is of a process of this host that has ended."""
+    fields = name.split(".")
+    host, _, pid = fields[1].partition("-") if len(fields) > 2 else ("", "", "")
+    is_local = host == host_name() and pid.isdecimal()
+    return is_local and not is_process_alive(int(pid))
+
+
+def age_s(path: Path) -> float:
+    """Return how many seconds ago a file was changed, infinity if it is not there."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+class HiddenFiles:
+    """The hidden directory inside an output directory, where all that is unfinished lies.
+
+    Every file there belongs to the process that made it, whose name it bears. No other process
+    writes, renames or publishes it, so there is nothing to lock.
+    """
+
+    def __init__(self, directory: Path, timeout_s: float) -> None:
+        self.directory = directory
+        self._own_home = directory / f"{HIDDEN_DIR}-{random_hex()}"
+        self._timeout_s = timeout_s
+        self.home = directory / HIDDEN_DIR
+        if self.home.is_symlink():  # wherever it leads, nothing can be linked from there
+            self.home = self._own_home
+
+    def create(self, file_key: str, suffix: str) -> tuple[Path, BinaryIO]:
+        """Make an empty file of our own and open it for writing at its end.
+
+        A hidden directory that is gone is made again. One that cannot be used, since it is
+        another user's or no directory, is replaced by one of our own.
+        """
+        name = f"{file_key}.{host_name()}-{os.getpid()}.{random_hex()}.{suffix}"
+        home = self.home
         try:
-            return os.link(hidden, final)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOENT):
+            return home / name, self._open_in(home, name)
+        except (PermissionError, NotADirectoryError):
+            if home == self._own_home:
                 raise
-            os.close(os.open(final, os.O_CREAT | os.O_EXCL))
-    return os.replace(hidden, final)
+        time.sleep(MADE_BY_ANOTHER_S)  # another user may be about to open it to us
+        with contextlib.suppress(PermissionError, NotADirectoryError):
+            return home / name, self._open_in(home, name)
+        self.home = self._own_home
+        return self.home / name, self._open_in(self.home, name)
+
+    def _open_in(self, home: Path, name: str) -> BinaryIO:
+        for _ in range(NAME_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                return self._open_new(home / name)
+            self._make(home)
+        return self._open_new(home / name)
+
+    def _open_new(self, path: Path) -> BinaryIO:
+        # Appending: without it, a hole would hide that somebody cut the file meanwhile.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_BINARY", 0)
+        file = open(os.open(path, flags, 0o666), "ab", buffering=0)  # noqa: SIM115
+        share_with_writers(path, self._directory_mode)
+        return file
+
+    @functools.cached_property
+    def _directory_mode(self) -> int:
+        return stat.S_IMODE(os.stat(self.directory).st_mode)
+
+    def _make(self, home: Path) -> None:
+        """Make the hidden directory, for all who may write to the output directory."""
+        try:
+            os.mkdir(home)
+        except FileExistsError:
+            return
+        with contextlib.suppress(OSError):
+            os.chmod(home, self._directory_mode)
+
+    def of_task(self, file_key: str) -> list[Path]:
+        """Return the hidden files of one task, whoever made them."""
+        with contextlib.suppress(OSError):
+            names = os.listdir(self.home)
+            return [self.home / name for name in names if name.startswith(f"{file_key}.")]
+        return []
+
+    def are_in_other_hands(self, paths: Iterable[Path], own: Path | None) -> bool:
+        """Whether somebody else has a part among ``paths`` that still grows.
+
+        A part that has not changed for ``timeout``, or whose process is gone, holds up nobody.
+        """
+        for path in paths:
+            is_part = path.suffix == ".part" and path != own
+            if is_part and not owner_is_gone(path.name) and abs(age_s(path)) < self._timeout_s:
+                return True
+        return False
+
+    def keep_one_leftover(self, file_key: str) -> None:
+        """Remove all leftovers of a task but the one that is resumed next."""
+        paths = self.of_task(file_key)
+        best = newest_leftover(paths)
+        for path in paths:
+            if path.suffix == ".left" and (best is None or path != best.path):
+                remove(path)
+
+    def clean(self, done: set[str], homes: Iterable[str] = ()) -> None:
+        """Remove what nobody needs: all of the tasks ``done``, and what outlived its use.
+
+        Of other tasks, leftovers are kept for 7 days, and parts while they may be in other hands.
+        ``homes`` are the names of more hidden directories, of runs that could not use the first.
+        """
+        paths = [self.directory / name for name in {self.home.name, *homes}]
+        for home in [path for path in paths if path.is_dir() and not path.is_symlink()]:
+            with contextlib.suppress(OSError):
+                for name in os.listdir(home):
+                    if self._is_useless(home / name, is_done=name.partition(".")[0] in done):
+                        remove(home / name)
+                os.rmdir(home)  # fails while something is in it
+
+    def _is_useless(self, path: Path, is_done: bool) -> bool:
+        if not HIDDEN_NAME.fullmatch(path.name):
+            return False
+        age = age_s(path)
+        if path.suffix == ".left":
+            return is_done or age > LEFTOVER_KEPT_S
+        if owner_is_gone(path.name) or age > LEFTOVER_KEPT_S:
+            return True
+        return is_done and age > self._timeout_s
+
+    def probe(self) -> None:
+        """Raise OSError if no file can be written here."""
+        path, file = self.create(digest("probe")[:16], "tmp")
+        try:
+            file.write(b"\0")
+        finally:
+            close(file)
+            remove(path)
+
+    def kept_bytes(self, file_keys: set[str]) -> int:
+        """Return how many bytes of some tasks are kept for a later run."""
+        kept = 0
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.home):
+                leftover = parse_leftover(self.home / name)
+                if leftover and name.partition(".")[0] in file_keys:
+                    kept += leftover.size_bytes
+        return kept
+
+    def remove_all_of(self, file_keys: Iterable[str]) -> None:
+        """Remove what this process and earlier ones left of some tasks: the disk is full."""
+        own = f".{host_name()}-{os.getpid()}."
+        for file_key in file_keys:
+            for path in self.of_task(file_key):
+                if path.suffix == ".left" or own in path.name:
+                    remove(path)
 
 
-def hidden_path(directory: Path, key: str) -> Path:
-    """The part file of the task ``key``; what else belongs to it differs in the suffix."""
-    return directory / f".dsv-{digest(key)[:16]}.part"
+def share_with_writers(path: Path, writers: int) -> None:
+    """Let all who may write to a directory of mode ``writers`` read ``path``, whatever our umask.
+
+    Otherwise another user of a shared directory could not tell whose the videos are.
+    """
+    wanted = 0
+    if writers & stat.S_IWGRP:
+        wanted |= stat.S_IRGRP
+    if writers & stat.S_IWOTH:
+        wanted |= stat.S_IROTH
+    if not wanted:
+        return
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        if wanted & ~mode:
+            os.chmod(path, mode | wanted)
 
 
 def remove(path: Path) -> None:
@@ -598,382 +1525,246 @@ def remove(path: Path) -> None:
         os.unlink(path)
 
 
-def sync(path: Path) -> None:
-    """Have a file or directory reach the disk; its own descriptor leaves errors to the writer's."""
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        descriptor = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, descriptor)
-        os.fsync(descriptor)
-
-
-# --- The directory and the plan: which name, and download, adopt or leave ---------------------
-
-
-class Action(Enum):
-    """What is to be done about a task, or can be done with one name."""
-
-    KEEP = "its video is there, with its metadata"
-    REFILL = "its metadata is there, the video is to be downloaded"
-    ADOPT = "a video without metadata is this task's"
-    ASK = "a video without metadata is there: the size that the server announces tells whose"
-    DOWNLOAD = "the name is free, or what has it is no video"
-    LEAVE = "the name is somebody else's"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do for ``task``, whose video is to have the name ``path``.
-
-    ``size_bytes`` is of the file that is there, ``holder`` says why it is not the wanted name.
-    """
-
-    task: Task
-    path: Path
-    action: Action
-    size_bytes: int = 0
-    holder: str = ""
-
-
-@dataclass(frozen=True)
-class Index:
-    """The output directory as one scan saw it, and a look at single names as they are now.
-
-    ``spellings`` are the names by what they fold to, ``homes`` the stubs of metadata by the key of
-    the task that they name. ``promised`` are the folded stubs of videos that are on their way, with
-    the key of their task.
-    """
-
-    directory: Path
-    names: Sequence[str] = ()
-    spellings: Mapping[str, str] = field(default_factory=dict)
-    homes: dict[str, str] = field(default_factory=dict)
-    promised: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def scan(cls, directory: Path) -> Index:
-        """Read all metadata once; raises `JobError` for a directory that cannot be listed."""
-        try:
-            names = sorted(os.listdir(directory))
-        except FileNotFoundError:
-            return cls(directory)
-        except OSError as error:
-            raise directory_error(directory, error) from None
-        index = cls(directory, names, {fold(name): name for name in names})
-        for stub, metadata in index.described():
-            if key := owner_key(metadata):
-                first = index.homes.setdefault(key, stub)
-                if first != stub and not file_bytes(directory / f"{first}.mp4"):
-                    index.homes[key] = stub
-        return index
-
-    def described(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The stub and the metadata of each video that has some, be the video there or not."""
-        for name in self.names:
-            if name.endswith(".json") and not name.startswith((".", RESULTS_PREFIX)):
-                metadata = read_metadata(f"{self.directory}{os.sep}{name}")
-                if as_object(metadata.get("runway_task_json")):
-                    yield name.removesuffix(".json"), metadata
-
-    def look(self, task: Task, stub: str) -> Plan:
-        """What can be done for ``task`` under the name ``stub`` as things are now."""
-        path, metadata = self.directory / f"{stub}.mp4", self.directory / f"{stub}.json"
-        leave = functools.partial(Plan, task, path, Action.LEAVE, 0)
-        size, owner = file_bytes(path), owner_key(read_metadata(metadata))
-        if size is None and os.path.lexists(path):
-            return leave(f"{path.name} is no file")
-        if owner == task.key != "":
-            return Plan(task, path, Action.KEEP if size else Action.REFILL, size or 0)
-        for name in (metadata.name, path.name):
-            if (other := self.spellings.get(fold(name), name)) != name:
-                return leave(f"{other} differs in case or Unicode form alone")
-        if owner:
-            return leave(f"{(metadata if size is None else path).name} is another task's")
-        if os.path.lexists(metadata):
-            return leave(f"{metadata.name} is another program's file, or cannot be read")
-        if size is not None:
-            try:
-                with open(path, "rb") as file:
-                    if inspect(file, size) in KEPT:
-                        return Plan(task, path, Action.ASK, size, f"{path.name} is another video")
-            except OSError as error:
-                return leave(f"{path.name} cannot be read: {error.strerror}")
-        if self.promised.get(fold(stub), task.key) != task.key:
-            return leave(f"{path.name} is another task's")
-        return Plan(task, path, Action.DOWNLOAD, size or 0)
-
-
-def file_bytes(path: str | Path) -> int | None:
-    """The size of the file ``path``; ``None`` when it is not there or no regular file."""
+def close(file: BinaryIO) -> None:
+    """Close a file to which perhaps nothing was written; nothing depends on what it holds."""
     with contextlib.suppress(OSError, ValueError):
-        return os.stat(path).st_size if os.path.isfile(path) else None
-    return None
+        finish_unwritten(file.fileno())
+    with contextlib.suppress(OSError):
+        file.close()
 
 
-def directory_error(directory: Path, error: OSError | ValueError) -> JobError:
-    reason = str(getattr(error, "strerror", None) or error).lower()
-    what = f"the output directory {printable(directory)} cannot be used: {reason}"
-    return JobError(f"{what} — mend that, or choose another with --output-dir")
+def finish_unwritten(descriptor: int) -> None:
+    """Have an unwritten file made now, not later.
 
-
-def plan_task(task: Task, index: Index, in_hand: bool = False) -> Plan:
-    """Find ``task`` in the directory as it is now, or the place it is to have.
-
-    With the whole video ``in_hand``, another one without metadata is nothing to ask about; nor is
-    it for a task without a key, which cannot be known again. The task's own video wins, then a
-    place its metadata already holds, then a video under a name with its id, then the best free
-    name.
+    Some mounts, rclone's among them, make it when it is closed for the second time. Until then
+    it comes back under its name if it is removed, or empties what is renamed over it.
     """
-    home = index.homes.get(task.key, task.stub)
-    first_free, holder = None, ""
-    for stub in itertools.chain(dict.fromkeys((home, task.stub)), stubs_with_id(task)):
-        # stub_<id>, stub_<id>_2 or video_<id>, but not a longer id that begins alike
-        plan, is_by_id = index.look(task, stub), f"{task.suffix}_" in f"{stub}_"
-        if plan.action is Action.ASK and (in_hand or not task.key):
-            plan = replace(plan, action=Action.LEAVE)
-        elif plan.action is Action.ASK and is_by_id:
-            plan = replace(plan, action=Action.ADOPT)
-        if plan.action in (Action.KEEP, Action.REFILL, Action.ADOPT):
-            return plan
-        if plan.action is Action.LEAVE:
-            holder = holder or plan.holder
-        elif first_free is None:
-            first_free = replace(plan, holder=holder)
-        # its video may stand under a name with its id: once such a name is free, it is nowhere
-        if first_free and is_by_id and plan.action is Action.DOWNLOAD and plan.size_bytes == 0:
-            return first_free
-    raise AssertionError("the numbers never run out")
+    os.close(os.dup(descriptor))
 
 
-def plan_all(tasks: Iterable[Task], index: Index) -> list[Plan]:
-    """Plan ``tasks`` in order, so that a rerun gives each the same name, which it is promised."""
-    plans = []
-    for task in tasks:
-        home = index.directory / f"{index.homes.get(task.key)}.mp4"
-        if task.key in index.homes and (size := file_bytes(home)):
-            plans.append(Plan(task, home, Action.KEEP, size))
-        else:
-            plans.append(plan_task(task, index))
-            index.promised[fold(plans[-1].path.stem)] = task.key
-    return plans
-
-
-# --- Part files: hidden, locked, growing as bytes arrive --------------------------------------
-
-_PART_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-
-NOTE = "user.download_succeeded_videos"
-
-CHANGED_MEANWHILE = "somebody changed the hidden file, or took the name, meanwhile"
-
-Source = tuple[int, str]  # the object a part is the beginning of: its bytes in all, its validator
-
-
-class PartFile:
-    """One task's hidden file, which this run alone holds; it is written at its end alone.
-
-    `claim` it, `restart` it for another object, `write`, and `release` it, which keeps what a
-    later run can resume. What it is the beginning of is noted in an extended attribute: a second
-    file for each part would make a run a tenth slower. Only Linux has those, and not on every
-    file system: elsewhere a later run starts anew.
-    """
-
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
-        self.file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - `release` closes it
-        self.size_bytes, self.sha256 = os.fstat(descriptor).st_size, hash_file(self.file)
-        self.source: Source | None = None
-        with contextlib.suppress(OSError, AttributeError, ValueError):
-            total, _, validator = os.getxattr(descriptor, NOTE).decode("latin-1").partition(" ")
-            self.source = int(total) or -1, validator
-        if self.size_bytes and not self.share:
-            self.restart()
-
-    @classmethod
-    @disk_errors("write to the output directory")
-    def claim(cls, path: Path) -> PartFile:
-        """Open and lock the part file ``path``; raises `InOtherHands` when somebody has it.
-
-        One that is published already, or another user's, makes way for a new one. Where that
-        or locking is not possible, a name of its own serves for this run.
-        """
-        for _ in range(NAME_TRIES):
-            descriptor, is_usable = open_part(path)
-            locked = try_lock(descriptor)
-            if locked and is_usable and is_same_file(descriptor, path):
-                return cls(path, descriptor)
-            if descriptor >= 0:
-                os.close(descriptor)
-            if locked is False:  # somebody works on it
-                raise InOtherHands
-            if not (locked and is_usable):  # published, another user's, or there are no locks
-                remove(path)
-        own = path.with_name(f"{path.stem}-{os.getpid()}-{random.getrandbits(32):08x}.part")
-        descriptor = os.open(own, _PART_FLAGS | os.O_EXCL, 0o666)
-        try_lock(descriptor)
-        return cls(own, descriptor)
-
-    def is_at(self, path: Path) -> bool:
-        return is_same_file(self.file.fileno(), path)
-
-    def is_intact(self) -> bool:
-        """Whether its name is of the file written, with what was written."""
-        return os.fstat(self.file.fileno()).st_size == self.size_bytes and self.is_at(self.path)
-
-    @property
-    def share(self) -> float:
-        """How much of the object is here, up to 1; 0 for what cannot be resumed."""
-        share = self.size_bytes / self.source[0] if self.source else 0.0
-        return share if 0 < share <= 1 else 0.0
-
-    def restart(self, source: Source | None = None) -> None:
-        """Forget all bytes; those to come are of ``source``, or cannot be resumed."""
-        with disk_errors("write the part file"):
-            self.file.truncate(0)
-        with contextlib.suppress(OSError, AttributeError):
-            for note in ((), source or ()):  # the first has room whatever was noted before
-                os.setxattr(self.file.fileno(), NOTE, " ".join(map(str, note)).encode("latin-1"))
-        self.source, self.size_bytes, self.sha256 = source, 0, hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        """Add ``data``; a sync in the background after each 64 MB saves a fifth with 1 GB."""
-        rest = memoryview(data)
-        with disk_errors("write the video"):
-            while rest:  # a nearly full disk takes a part of it and says nothing
-                rest = rest[self.file.write(rest) or 0 :]
-        self.size_bytes += len(data)
-        self.sha256.update(data)
-        if self.size_bytes % (64 * BYTES_PER_MB) < len(data):
-            with contextlib.suppress(RuntimeError):  # the system gives no more threads
-                threading.Thread(target=sync, args=(self.path,), daemon=True).start()
-
-    def release(self, keep: bool = True) -> None:
-        """Let others have it; nothing is kept but what can be resumed."""
-        if self.file.closed:
-            return
-        if self.is_at(self.path) and not (keep and self.is_intact() and self.share):
-            if os.name == "nt":  # where no open file can be removed
-                self.file.close()
-            remove(self.path)
-        self.file.close()
-
-
-def open_part(path: Path) -> tuple[int, bool]:
-    """Open a part file, made if need be; -1 if it cannot be. Whether it may be written.
-
-    It may not where it is another user's, or published: then it has another name as well.
-    """
-    if path.is_symlink():  # whatever it leads to is not ours to write
-        return -1, False
-    for flags in (_PART_FLAGS, os.O_RDONLY):
-        with contextlib.suppress(PermissionError, FileNotFoundError, IsADirectoryError):
-            descriptor = os.open(path, flags, 0o666)
-            return descriptor, flags == _PART_FLAGS and os.fstat(descriptor).st_nlink == 1
-    return -1, False
-
-
-def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file against other runs and threads; ``None`` where there are no locks.
-
-    The kernel's locks end with the process, so a killed run leaves none.
-    """
-    if sys.platform == "win32":
-        return None
+def sync_file(descriptor: int) -> bool:
+    """Have a file reach the disk; return whether the file system can promise that."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
         return False
-    except (OSError, ValueError):  # ValueError: there is no file
-        return None
     return True
 
 
-def is_same_file(descriptor: int, path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    return False
+def sync_and_close(file: BinaryIO) -> None:
+    """Have an unbuffered file reach the disk, and close it.
 
-
-def sweep(directory: Path, tasks: Iterable[Task]) -> None:
-    """Remove what is left of the hidden files of ``tasks``, but what somebody has in hand."""
-    hidden = glob(".dsv-*", root_dir=directory)
-    own = tuple(hidden_path(directory, task.key).stem for task in tasks) if hidden else ()
-    for name in filter(lambda name: name.startswith(own), hidden):
-        guard = name if name.endswith(".part") else f"{name[:21]}.part"  # its task's part
-        with contextlib.suppress(OSError, DownloaderError):
-            part = PartFile.claim(directory / guard)
-            remove(directory / name)
-            part.release(keep=False)
-
-
-# --- What an answer's head says (RFC 9110) ----------------------------------------------------
-
-
-def content_range(headers: Mapping[str, str]) -> tuple[int, int]:
-    """First byte and total of ``Content-Range`` (section 14.4); -1 for nonsense."""
-    value = (headers.get("Content-Range") or "").strip()
-    match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", value)
-    is_good = match and int(match[1]) <= int(match[2]) == int(match[3]) - 1
-    return (int(match[1]), int(match[3])) if match and is_good else (-1, -1)
-
-
-def read_head(response: requests.Response) -> tuple[int, int, Source | None]:
-    """From which byte the body goes on, the whole object's size, and what it is if resumable.
-
-    -1 stands for what the head does not say.
+    What has reached the disk is safe, whatever closing says. Elsewhere, as on some network mounts,
+    only closing tells that it is not.
     """
-    headers, announced = response.headers, response.raw.length_remaining
-    start, total = 0, -1 if announced is None else announced
-    if response.status_code == 206:
-        start, total = content_range(headers)
-    if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
-        total = -1
-    validator = (headers.get("ETag") or headers.get("Last-Modified") or "").strip()
-    is_strong = 0 < len(validator) < 256 and not validator.startswith("W/")  # 13.1.5
-    return start, total, (total, validator) if is_strong and total > 0 else None
+    is_safe = sync_file(file.fileno())
+    try:
+        file.close()
+    except OSError:
+        if not is_safe:
+            raise
 
 
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait (section 10.2.3), said as a number or a date; ``None`` for nonsense."""
-    with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError, OverflowError):
-        return float(Retry().parse_retry_after(headers.get("Retry-After") or ""))
-    return None
+def sync_path(path: Path) -> None:
+    """Have ``path``, a file or a directory, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-RETRIED_STATUSES = {408, 425, *range(500, 1000)}  # RFC 9110, 15.5.9 and 15.6; RFC 8470, 5.2
+class Part:
+    """A hidden file of our own that grows as bytes arrive, hashed on the way.
 
-
-def check_status(status: int, headers: Mapping[str, str]) -> None:
-    """Raise what a status other than 200 and 206 means: transient, dead or final."""
-    if status in RETRIED_STATUSES:
-        raise TransientError(f"the server answered HTTP {status}", retry_after_s(headers))
-    if status in (401, 403, 404, 410):
-        raise LinkDead("the link was refused", "run again later", f"HTTP {status}")
-    if status not in (200, 206):
-        raise TaskError(f"the server answered HTTP {status}", "run the polling step again")
-    # http.client takes chunks for the body where this is spelled in another way
-    if headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
-        raise TransientError("the answer has an unknown Transfer-Encoding")
-
-
-# --- Asking servers: one TLS context, a pace for all, and an eye on the rate ------------------
-
-
-class SharedContextAdapter(requests.adapters.HTTPAdapter):
-    """Gives all connections one TLS context: left alone, requests loads the CA bundle for each.
-
-    That is 20 ms of CPU a connection. Used without a `requests.Session`, which would send
-    servers the passwords of .netrc.
+    It ends in one of three ways: its video is published, it is discarded, or it is let go of so
+    that a later attempt can resume it.
     """
+
+    def __init__(self, hidden: HiddenFiles, file_key: str) -> None:
+        self._hidden = hidden
+        self._file_key = file_key
+        self.source: Source | None = None
+        self._make()
+
+    def _make(self) -> None:
+        self.size_bytes = 0
+        self.sha256 = hashlib.sha256()
+        with disk_errors("write to the output directory"):
+            self.path, self._file = self._hidden.create(self._file_key, "part")
+
+    def begin(self, source: Source | None) -> None:
+        """Say what the bytes to come are the beginning of; ``None`` if they cannot be resumed.
+
+        Bytes of another object go, in a file of their own: nothing is ever cut and used again.
+        """
+        if self.size_bytes:
+            self.source = None
+            self.discard()
+            self._make()
+        self.source = source
+
+    def write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        with disk_errors("write the video"):
+            while rest:  # a nearly full disk takes a part of it and says nothing
+                rest = rest[self._file.write(rest) or 0 :]
+        self.size_bytes += len(data)
+        self.sha256.update(data)
+
+    def copy(self, leftover: Leftover, watch: Watch) -> None:
+        """Begin with the bytes of ``leftover``, which are hashed again; it stays where it is.
+
+        Raises `PartGone` when that does not work, as when there is no room for a copy: then the
+        leftover goes.
+        """
+        self.begin(leftover.source)
+        try:
+            self._copy(leftover, watch)
+        except (DiskFull, TaskError):
+            self.discard()
+            remove(leftover.path)
+            raise PartGone("what an earlier attempt left could not be copied") from None
+
+    def _copy(self, leftover: Leftover, watch: Watch) -> None:
+        with disk_errors("read what an earlier attempt left"), open(leftover.path, "rb") as file:
+            rest = leftover.size_bytes
+            while rest and (block := file.read(min(rest, _LOOK_BYTES))):
+                watch.note()
+                watch.check()
+                self.write(block)
+                rest -= len(block)
+        if rest:
+            raise TransientError("what an earlier attempt left has changed meanwhile")
+
+    def finish(self) -> None:
+        """Have all bytes reach the disk, and close the file.
+
+        Raises `TransientError` if the file does not hold what was counted, or is not there, and
+        after an error of fsync, since which bytes reached the disk is unknown then.
+        """
+        try:
+            sync_and_close(self._file)
+            size = os.stat(self.path).st_size
+        except FileNotFoundError:
+            raise PartGone from None
+        except OSError as error:
+            self.discard()
+            if is_full(error):
+                raise disk_error(error, "write the video") from None
+            reason = f"the video did not reach the disk: {error.strerror}"
+            raise TransientError(reason) from None
+        if size != self.size_bytes:
+            self.discard()
+            raise TransientError("somebody changed the hidden file meanwhile")
+
+    def discard(self) -> None:
+        close(self._file)
+        remove(self.path)
+
+    def let_go(self) -> None:
+        """Keep the part for a later attempt if it can be resumed, else remove it.
+
+        Nothing happens to one that was published or discarded. The leading thread may call this
+        while another thread is stuck with the file.
+        """
+        is_resumable = self.source is not None and self.source.is_nameable and self.size_bytes > 0
+        try:
+            if not is_resumable or self.source is None:
+                remove(self.path)
+                return
+            sync_path(self.path)
+            os.rename(self.path, self.path.with_name(leftover_name(self._file_key, self.source)))
+            self._hidden.keep_one_leftover(self._file_key)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            remove(self.path)  # what did not reach the disk is not to be trusted
+
+    def release(self) -> None:
+        """Close the file and let go of it."""
+        close(self._file)
+        self.let_go()
+
+
+# --- The watch: what the thread that leads sees of the thread that works -----------------------
+
+HUNG_AFTER_TIMEOUTS = 3
+
+
+class Watch:
+    """Shared by a download's thread, which notes bytes, and the leading one, which looks on.
+
+    A download that has brought nothing for three timeouts is hung, whatever it is stuck in: a
+    name look-up, a head that drips without end, a proxy, a mount. The leader gives it up, and
+    its thread finds out at its next `check`.
+    """
+
+    def __init__(self, stop: threading.Event, timeout_s: float) -> None:
+        self._stop = stop
+        self._limit_s = HUNG_AFTER_TIMEOUTS * timeout_s
+        self._moved_s = math.inf  # on the monotonic clock; infinity while nothing is awaited
+        self._is_given_up = False
+        self.received_bytes = 0
+        self.paused_for = ""
+
+    def start(self) -> None:
+        self.paused_for = ""
+        self._moved_s = time.monotonic()
+
+    def pause(self, paused_for: str = "") -> None:
+        """Await nothing, but what may take as long as it likes, such as commands."""
+        self.paused_for = paused_for
+        self._moved_s = math.inf
+
+    def note(self, size_bytes: int = 0) -> None:
+        self.received_bytes += size_bytes
+        self._moved_s = time.monotonic()
+
+    def excuse(self, seconds: float) -> None:
+        """Do not count a time in which the whole program stood still, as after Ctrl-Z."""
+        self._moved_s += seconds
+
+    def check(self) -> None:
+        """Raise `Cancelled` when this thread is to touch nothing more."""
+        if self._is_given_up or self._stop.is_set():
+            raise Cancelled
+
+    def is_hung(self, now_s: float) -> bool:
+        return now_s - self._moved_s > self._limit_s
+
+    def give_up(self) -> Fault:
+        """Give the download up; return what to say of it."""
+        self._is_given_up = True
+        reason = f"nothing came for {self._limit_s:g} s, so it was given up"
+        return Fault(reason, "look at the network and the disk, then run again")
+
+
+# --- HTTP: a client that every download shares -------------------------------------------------
+
+MAX_REDIRECTS = 30
+READ_BYTES = 128 * 1024
+SHORT_READ_BYTES = 256  # for urllib3 before 2.2, which shows nothing until all of it is here
+TLS_RECORD_BYTES = 16 * 1024  # RFC 8446, section 5.1: the longest
+BLOCK_BYTES = 64 * 1024
+STALL_BYTES_PER_SECOND = 1024
+
+NETWORK_ERRORS = (OSError, ValueError, HTTPError)  # requests' own are OSErrors or ValueErrors
+
+
+class SharedContextAdapter(HTTPAdapter):
+    """Gives all its connections one TLS context.
+
+    Left alone, requests loads the CA bundle for each connection, which takes 20 ms of CPU.
+    """
+
+    def __init__(self, context: ssl.SSLContext, connections: int) -> None:
+        self._context = context
+        super().__init__(pool_connections=connections, pool_maxsize=connections)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        named = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-        bundle = named or DEFAULT_CA_BUNDLE_PATH
-        self._context = create_urllib3_context()
-        try:
-            kind = "capath" if os.path.isdir(bundle) else "cafile"
-            self._context.load_verify_locations(**{kind: bundle})
-        except OSError as error:
-            raise JobError(f"cannot load the CA bundle {printable(bundle)}: {error}") from None
         super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
@@ -983,228 +1774,627 @@ class SharedContextAdapter(requests.adapters.HTTPAdapter):
         """Add nothing: the context holds the bundle and asks for a good certificate."""
 
 
-class Pace:
-    """When one server may be asked next: at once, until it answers 429 or 503.
+def make_tls_context() -> ssl.SSLContext:
+    """Return a context that trusts the CA bundle which requests would use.
 
-    Then all wait, the longer the more often that happens, and ask one after the other; each
-    good answer shortens the interval a little. No lock: a race costs a request too many.
+    Raises `JobError`, naming the file, for a bundle or a key log that cannot be opened.
+    """
+    named = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    bundle = named or DEFAULT_CA_BUNDLE_PATH
+    key_log = os.environ.get("SSLKEYLOGFILE", "")
+    try:
+        context = create_urllib3_context()
+    except OSError as error:
+        what = f"cannot write the TLS key log {printable(key_log)} (SSLKEYLOGFILE)"
+        raise JobError(f"{what}: {error.strerror or error}") from None
+    try:
+        is_directory = os.path.isdir(bundle)
+        context.load_verify_locations(**{"capath" if is_directory else "cafile": bundle})
+    except OSError as error:
+        what = f"cannot load the CA bundle {printable(bundle)}"
+        raise JobError(f"{what}: {error.strerror or error}") from None
+    return context
+
+
+class VideoSession(Session):
+    """A `requests.Session` for one video: its cookies, and redirects that its caller follows.
+
+    Left alone, a session reads the body of a redirect, however long. It takes nothing from the
+    environment, which would send passwords of .netrc to servers; the client passes the proxies.
     """
 
-    def __init__(self) -> None:
-        self._interval_s = 0.0
-        self._next = self.served_at = self._slowed_at = NEVER
+    def __init__(self, current_adapter: Callable[[], HTTPAdapter]) -> None:
+        super().__init__()
+        self.trust_env = False
+        self._current_adapter = current_adapter
 
-    def take_turn(self, now: float, jitter: float) -> float:
-        """0 when it is this request's turn, else seconds until it is worth asking again."""
-        if now < self._next:
-            return self._next - now + self._interval_s * jitter
-        self._next = now + self._interval_s
-        return 0.0
+    def get_adapter(self, url: str) -> Any:
+        super().get_adapter(url)  # raises for anything but http and https
+        return self._current_adapter()
 
-    def served(self, now: float) -> None:
-        self.served_at = now
-        self._interval_s = 0.93 * self._interval_s if self._interval_s > 0.01 else 0.0
+    def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002
+        return None
 
-    def overloaded(self, now: float, asked: float, hold_s: float, is_sending: bool) -> None:
-        """Hold all requests for ``hold_s``; if others are still served, also ask less often.
+    def next_address(self, response: requests.Response) -> str:
+        """Return where a redirect leads, ``""`` for any other answer."""
+        target = super().get_redirect_target(response)
+        return urljoin(response.url, target) if target else ""
 
-        That, once for all requests ``asked`` before. A server that ``is_sending`` a body serves.
+
+class HttpClient:
+    """Asks servers for all downloads of a run: one TLS context, connections that are kept."""
+
+    def __init__(self, context: ssl.SSLContext, timeout_s: float, connections: int) -> None:
+        self.timeout_s = timeout_s
+        self._connections = connections
+        self._context = context
+        self.forget_connections()
+
+    def session(self) -> VideoSession:
+        return VideoSession(lambda: self._adapter)
+
+    def forget_connections(self) -> None:
+        """Use no idle connection again; those in use end with what they bring.
+
+        After a fault others may be dead as well, and a server that answers one request twice
+        would shift every later answer by one.
         """
-        self._next = max(self._next, now + hold_s)
-        self.served_at = now if is_sending else self.served_at
-        if now - self.served_at > STILL_SERVING_S:
-            self._interval_s = 0.0
-        elif asked >= self._slowed_at:
-            self._interval_s = min(0.5, max(0.05, 2 * self._interval_s))
-            self._slowed_at = now
+        self._adapter = SharedContextAdapter(self._context, self._connections)
+
+    def get(
+        self, session: VideoSession, url: str, headers: Mapping[str, str], redirects: int
+    ) -> requests.Response:
+        """Send, follow up to ``redirects`` redirects, and return the answer with its body unread.
+
+        Raises what `explain` makes of a fault.
+        """
+        proxies: dict[str, str] = {}
+        try:
+            for _ in range(redirects + 1):
+                proxies = get_environ_proxies(url, no_proxy=None)
+                response = session.get(
+                    url,
+                    headers=dict(headers),
+                    stream=True,
+                    timeout=self.timeout_s,
+                    allow_redirects=False,
+                    proxies=proxies,
+                )
+                address = session.next_address(response)
+                if not address or redirects == 0:
+                    return response
+                response.close()
+                url = address
+        except NETWORK_ERRORS as error:
+            raise explain(error, self.timeout_s, bool(select_proxy(url, proxies))) from None
+        raise TaskError(f"more than {redirects} redirects", "run the polling step again")
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return ``error`` and the exceptions inside it, outermost first."""
+    found = [error]
+    for each in found:
+        inside = [each.__cause__, each.__context__, getattr(each, "reason", None), *each.args]
+        for cause in inside:
+            if isinstance(cause, BaseException) and cause not in found:
+                found.append(cause)
+    return found
+
+
+def explain(error: BaseException, timeout_s: float, is_proxied: bool = False) -> TaskError:
+    """Return a library's exception in our words: theirs may hold the link, query and all."""
+    found = causes(error)
+    through = "through the proxy, " if is_proxied else ""
+    refused = explain_certificate(found) or explain_address(error, is_proxied)
+    if refused:
+        return refused
+    if any(isinstance(each, requests.exceptions.ProxyError) for each in found):
+        return explain_proxy(found)
+    for each in found:
+        if isinstance(each, OSError) and each.strerror and each.errno:
+            return TransientError(f"{through}the connection failed: {each.strerror}")
+    timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
+    if any(isinstance(each, timeouts) for each in found):
+        return TransientError(f"{through}stalled: nothing came within {timeout_s:g} s")
+    return TransientError(f"{through}the connection was cut")
+
+
+def explain_address(error: BaseException, is_proxied: bool) -> TaskError | None:
+    """Return what is wrong with an address, ``None`` if that is not the fault."""
+    bad_addresses = (
+        requests.exceptions.InvalidURL,
+        requests.exceptions.InvalidSchema,
+        urllib3.exceptions.LocationValueError,
+        UnicodeError,
+    )
+    if not isinstance(error, bad_addresses):
+        return None
+    if "SOCKS" in str(error):
+        return TaskError("the SOCKS proxy needs PySocks", "pip install requests[socks]")
+    if is_proxied:
+        reason = "no usable address, of the link or of the proxy"
+        return TaskError(reason, "see the link, HTTP_PROXY and HTTPS_PROXY")
+    return TaskError("no usable address", "see the link, or RUNWAYML_BASE_URL")
+
+
+CERTIFICATE_REASONS = {  # X509_V_ERR_... of OpenSSL
+    9: ("the server's certificate is not yet valid", "set this machine's clock, then run again"),
+    10: ("the server's certificate has expired", "see the clock of this machine, else the server"),
+    62: ("the server's certificate is for another host", "see the link, and the network's proxy"),
+    64: ("the server's certificate is for another host", "see the link, and the network's proxy"),
+}
+IGNORES_CA_BUNDLE = ("2.32.0", "2.32.1", "2.32.2")
+
+
+def explain_certificate(found: Sequence[BaseException]) -> TaskError | None:
+    """Return what is wrong with the server's certificate, ``None`` if that is not the fault."""
+    for each in found:
+        if isinstance(each, ssl.SSLCertVerificationError):
+            default = ("the server's certificate is not trusted", trust_hint())
+            reason, hint = CERTIFICATE_REASONS.get(each.verify_code, default)
+            return TaskError(reason, hint)
+        if isinstance(each, HTTPError) and "doesn't match" in str(each):
+            return TaskError(*CERTIFICATE_REASONS[62])
+    return None
+
+
+def trust_hint() -> str:
+    if requests.__version__ in IGNORES_CA_BUNDLE:
+        return f"pip install -U requests: {requests.__version__} ignores REQUESTS_CA_BUNDLE"
+    return "set REQUESTS_CA_BUNDLE to a bundle that holds the CA"
+
+
+def explain_proxy(found: Sequence[BaseException]) -> TaskError:
+    """Return a fault of the proxy: a refusal is final, anything else may pass."""
+    for each in found:
+        refusal = re.search(r"Tunnel connection failed: ([0-9]{3})", str(each))
+        if refusal:
+            return refused_by_proxy(int(refusal[1]))
+    for each in found:
+        if isinstance(each, OSError) and each.strerror and each.errno:
+            return TransientError(f"the proxy did not connect: {each.strerror}")
+    return TransientError("the proxy did not connect")
+
+
+def refused_by_proxy(status: int) -> TaskError:
+    reason = f"the proxy refused with HTTP {status}"
+    if status >= 500:
+        return TransientError(reason, http_status=status)
+    return TaskError(reason, "see HTTPS_PROXY, its user and password", http_status=status)
+
+
+# What the head of an answer says (RFC 9110)
 
 
 @dataclass(frozen=True)
-class Session:
-    """What all downloads of a run share: the directory, and how to ask servers, until ``stop``.
+class Head:
+    """The head of an answer: from which byte the body goes on, and the whole object's size.
 
-    The live line looks at ``downloads``, all those begun.
+    ``total_bytes`` is ``None`` if the head does not say, ``source`` if it cannot be resumed.
     """
 
-    index: Index
-    adapter: SharedContextAdapter
-    timeout_s: float
-    retries: int
-    command: Sequence[str]
-    stop: threading.Event = field(default_factory=threading.Event)
-    downloads: list[Download] = field(default_factory=list)
-    reading: threading.Lock = field(default_factory=threading.Lock)
-    _paces: dict[str, Pace] = field(default_factory=dict)
+    start: int
+    total_bytes: int | None
+    source: Source | None
 
-    def get(self, link: str, headers: Mapping[str, str], redirects: int) -> requests.Response:
-        """The head of the answer, when it is this request's turn, after so many ``redirects``.
 
-        They are followed here, as requests would read their bodies, however long. Raises
-        `TransientError` for 429 and 503 (RFC 6585, 4; RFC 9110, 15.6.4), and what `explain` makes
-        of other faults.
-        """
+def read_head(response: requests.Response) -> Head:
+    headers = response.headers
+    start = 0
+    total = response.raw.length_remaining
+    if response.status_code == 206:
+        start, total = content_range(headers)
+    if is_encoded(headers):
+        total = None
+    validator = read_validator(headers)
+    source = Source(total, validator) if total and validator else None
+    return Head(start, total, source)
+
+
+def content_range(headers: Mapping[str, str]) -> tuple[int, int | None]:
+    """Return first byte and total of ``Content-Range`` (section 14.4); -1, None for nonsense."""
+    value = (headers.get("Content-Range") or "").strip()
+    match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", value)
+    if not match:
+        return -1, None
+    first, last, total = map(int, match.groups())
+    if first <= last == total - 1:
+        return first, total
+    return -1, None
+
+
+def read_validator(headers: Mapping[str, str]) -> str:
+    """Return the strong ETag, else Last-Modified (section 13.1.5), ``""`` if there is neither."""
+    validator = (headers.get("ETag") or headers.get("Last-Modified") or "").strip()
+    is_usable = validator.isascii() and validator.isprintable()
+    return validator if is_usable and not validator.startswith("W/") else ""
+
+
+def is_encoded(headers: Mapping[str, str]) -> bool:
+    return (headers.get("Content-Encoding") or "identity").strip().lower() != "identity"
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float:
+    """Return the seconds to wait (section 10.2.3), said as a number or a date; 0 for nonsense."""
+    with contextlib.suppress(HTTPError, ValueError, OverflowError):
+        return float(Retry().parse_retry_after(headers.get("Retry-After") or ""))
+    return 0.0
+
+
+RETRIED_STATUSES = {408, 425, *range(500, 1000)}  # RFC 9110, 15.5.9 and 15.6; RFC 8470, 5.2
+PRESSURE_STATUSES = {429, 503}  # RFC 6585, 4; RFC 9110, 15.6.4
+REFUSED_STATUSES = {401, 403, 404, 410}
+
+
+def is_retried(status: int) -> bool:
+    return status in RETRIED_STATUSES or status in PRESSURE_STATUSES
+
+
+def check_status(response: requests.Response) -> None:
+    """Raise what a status other than 200 and 206 means: transient, dead or final."""
+    status = response.status_code
+    reason = f"the server answered HTTP {status}"
+    if is_retried(status):
+        wait_s = retry_after_s(response.headers)
+        raise TransientError(reason, wait_s, status in PRESSURE_STATUSES, status)
+    if status in REFUSED_STATUSES:
+        raise LinkDead("the link was refused", "run again later", f"HTTP {status}", status)
+    if status == 407:
+        raise refused_by_proxy(status)
+    if status not in (200, 206):
+        raise TaskError(reason, "run the polling step again", http_status=status)
+
+
+def check_encodings(headers: Mapping[str, str]) -> None:
+    """Raise `TaskError` for a body that cannot be decoded, naming its encoding."""
+    transfer = (headers.get("Transfer-Encoding") or "identity").strip().lower()
+    if transfer not in ("chunked", "identity"):  # http.client would take chunks for the body
+        reason = f"the answer has the unknown Transfer-Encoding {printable(transfer[:40])}"
+        raise TaskError(reason, "ask whoever runs the server")
+    known = {"identity", *urllib3.response.HTTPResponse.CONTENT_DECODERS}
+    for coding in (headers.get("Content-Encoding") or "identity").lower().split(","):
+        if coding.strip() not in known:
+            reason = f"the answer has the unknown Content-Encoding {printable(coding.strip()[:40])}"
+            raise TaskError(reason, "ask whoever runs the server")
+
+
+def read_blocks(response: requests.Response, watch: Watch, timeout_s: float) -> Iterator[bytes]:
+    """Yield the decoded body in blocks of some 64 kB, or of what has come.
+
+    Each read takes whatever comes first, so that the rate can be seen; only full TLS records,
+    which come quickly one after the other, are gathered. Raises `TransientError` when the
+    body breaks off, or brings less than 1 kB/s over ``timeout_s``.
+    """
+    raw = response.raw
+    can_read_what_is_there = hasattr(raw, "read1")
+    read = raw.read1 if can_read_what_is_there else raw.read
+    most = READ_BYTES if can_read_what_is_there else SHORT_READ_BYTES
+    gate = RateGate(timeout_s)
+    decode = is_encoded(response.headers)
+    most_gathered = BLOCK_BYTES // TLS_RECORD_BYTES if response.url.startswith("https") else 0
+    gathered: list[bytes] = []
+    while True:
+        before = raw.tell()
         try:
-            pace = self._paces.setdefault(urlsplit(link).netloc, Pace())
-            proxies = get_environ_proxies(link, no_proxy=None)
-            while (delay_s := pace.take_turn(time.monotonic(), random.random())) > 0:
-                self.wait(delay_s)
-            asked = time.monotonic()
-            request = requests.Request("GET", link, headers).prepare()
-            reply = self.adapter.send(request, stream=True, timeout=self.timeout_s, proxies=proxies)
-            target = reply.headers["Location"].strip() if redirects and reply.is_redirect else ""
-            moved_to = urljoin(link, target.encode("latin-1").decode())
+            piece = read(most, decode_content=decode)
         except NETWORK_ERRORS as error:
-            raise explain(error, self.timeout_s) from None
-        if not target and (status := reply.status_code) not in (429, 503):
-            pace.served(time.monotonic())
-            return reply
-        reply.close()
-        if target:
-            return self.get(moved_to, headers, redirects - 1)
-        wait_s = retry_after_s(reply.headers)
-        hold_s = wait_s if wait_s and wait_s <= RETRY_AFTER_CAP_S else BACKOFF_BASE_S
-        is_sending = any(each.received and not each.waiting for each in self.active)
-        pace.overloaded(time.monotonic(), asked, hold_s, is_sending)
-        raise TransientError(f"the server answered HTTP {status}", wait_s, pace.served_at)
+            yield b"".join(gathered)
+            raise explain(error, timeout_s) from None
+        watch.check()
+        came = raw.tell() - before
+        if piece:  # what cannot be decoded yet is no progress
+            watch.note(came)
+        gathered.append(piece)
+        is_in_a_burst = came == TLS_RECORD_BYTES and len(gathered) < most_gathered
+        if is_in_a_burst:
+            gate.count(came)
+            continue
+        yield b"".join(gathered)
+        gathered.clear()
+        if not piece and not came:
+            return
+        gate.count(came)
+        gate.check()
+
+
+class RateGate:
+    """Counts bytes of a body, and says when they come below 1 kB/s.
+
+    ``window_s`` is over how many seconds.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._since_s = time.monotonic()
+        self._bytes = 0
+
+    def count(self, came_bytes: int) -> None:
+        self._bytes += came_bytes
+
+    def check(self) -> None:
+        elapsed_s = time.monotonic() - self._since_s
+        if elapsed_s < self._window_s:
+            return
+        if self._bytes < STALL_BYTES_PER_SECOND * elapsed_s:
+            raise TransientError(f"stalled: under 1 kB/s for {self._window_s:g} s")
+        self._since_s += elapsed_s
+        self._bytes = 0
+
+
+# --- Runway: a fresh link for a dead one, and tasks that polling gave up on --------------------
+
+RUNWAY_BASE_URL = "https://api.dev.runwayml.com"
+RUNWAY_VERSION = "2024-11-06"
+ANSWER_MAX_BYTES = BYTES_PER_MB
+UNKNOWN = "unknown"  # the status of a task that Runway does not know
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Runway says of a task: its status, and the link if it SUCCEEDED."""
+
+    status: str
+    link: str = ""
 
     @property
-    def active(self) -> list[Download]:
-        return [each for each in self.downloads if not each.part.file.closed]
+    def is_odd(self) -> bool:
+        """Whether there is a link, but a status that is none of Runway's."""
+        return bool(self.link) and self.status not in RUNWAY_STATUSES
 
-    def wait(self, seconds: float) -> None:
-        if self.stop.is_set() or (seconds and self.stop.wait(seconds)):
-            raise Cancelled
 
-    def chunks(self, response: requests.Response) -> Iterator[bytes]:
-        """The decoded body in blocks; raises `TransientError` when it all but stops.
+class Runway:
+    """The Runway API (https://docs.dev.runwayml.com/api/), asked with the user's key."""
 
-        Bytes already in the socket are read, and written to disk, by one thread at a time: 32 that
-        hand each other the interpreter after every 16 kB take a fifth longer. A read that may have
-        to wait takes whatever comes first, so that the rate can be seen; urllib3 before 2.2 has no
-        such read, and a short one stands in for it.
+    def __init__(self, client: HttpClient) -> None:
+        self._client = client
+
+    def ask(self, task_id: str, watch: Watch) -> Answer:
+        """Return what Runway says of a task.
+
+        Raises `TransientError` where another try may help, else `TaskError`. Redirects are not
+        followed: the key is for this host alone.
         """
-        raw, since, before = response.raw, time.monotonic(), 0
-        is_encoded = "Content-Encoding" in response.headers
-        read, most = (raw.read1, 65536) if hasattr(raw, "read1") else (raw.read, 256)
-        try:
-            while True:
-                self.wait(0)
-                with self.reading:  # held while the caller writes the block to disk: be quick
-                    if not is_encoded and (size := bytes_there(raw)) > TLS_RECORD_BYTES:
-                        yield raw.read(min(size, READ_BYTES), decode_content=False)
-                        continue
-                if not (data := read(most, decode_content=is_encoded)):
-                    return
-                yield data
-                if (now := time.monotonic()) - since >= self.timeout_s / 2:
-                    if raw.tell() - before < STALL_BYTES_PER_SECOND * (now - since):
-                        raise TransientError(f"stalled: under 1 kB/s for {self.timeout_s / 2:g} s")
-                    since, before = now, raw.tell()
-        except NETWORK_ERRORS as error:
-            raise explain(error, self.timeout_s) from None
+        key = api_key()
+        if not re.fullmatch(r"[\x21-\x7e]+", key):
+            reason = "RUNWAYML_API_SECRET holds characters that no HTTP header can hold"
+            raise TaskError(reason, "copy the key again, without quotes")
+        base = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
+        url = f"{base}/v1/tasks/{quote(task_id, '', errors='replace')}"
+        headers = {"Authorization": f"Bearer {key}", "X-Runway-Version": RUNWAY_VERSION}
+        with self._client.get(self._client.session(), url, headers, redirects=0) as response:
+            return self._read_answer(response, watch)
+
+    def _read_answer(self, response: requests.Response, watch: Watch) -> Answer:
+        status = response.status_code
+        if status == 404:
+            return Answer(UNKNOWN)
+        if status != 200 and not is_retried(status):
+            hint = "see RUNWAYML_API_SECRET and RUNWAYML_BASE_URL"
+            raise TaskError(f"HTTP {status}", hint, http_status=status)
+        check_status(response)
+        check_encodings(response.headers)
+        body = b""
+        for block in read_blocks(response, watch, self._client.timeout_s):
+            body += block
+            if len(body) > ANSWER_MAX_BYTES - READ_BYTES:
+                raise TaskError("the answer is too long", "see RUNWAYML_BASE_URL")
+        return parse_answer(body)
 
 
-def bytes_there(raw: Any) -> int:
-    """How many bytes of a body of known length have surely come; 0 where that cannot be told.
-
-    Of TLS, some bytes are no body (an eighth at most, if records have 200 or more), and the
-    last record may be cut. A wrong guess would have others wait for this server.
-    """
-    if raw.length_remaining and sys.platform != "win32":
-        with contextlib.suppress(OSError, ValueError):
-            come = fcntl.ioctl(raw, termios.FIONREAD, bytes(4))
-            return int.from_bytes(come, sys.byteorder) * 7 // 8 - TLS_RECORD_BYTES
-    return 0
-
-
-NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
-
-
-def explain(error: BaseException | None, timeout_s: float) -> TaskError:
-    """A library's exception in our words: theirs may hold the link, query and all."""
-    is_refused = re.search("verify failed|n't match", str(error))
-    is_proxy = isinstance(error, requests.exceptions.ProxyError)
-    if isinstance(error, requests.exceptions.SSLError) and is_refused:
-        return TaskError("the server's certificate is not trusted", "set REQUESTS_CA_BUNDLE")
-    if isinstance(error, ValueError) and not isinstance(error, requests.exceptions.InvalidHeader):
-        return TaskError("no usable address", "see link, proxy and base URL")
-    if isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
-        return TransientError(f"stalled: nothing came within {timeout_s:g} s")
-    while error:
-        if isinstance(error, OSError) and error.strerror and error.errno:
-            return TransientError(f"the connection failed: {error.strerror}")
-        error = error.__cause__ or error.__context__
-    return TransientError("the proxy did not connect" if is_proxy else "the connection was cut")
-
-
-# --- The Runway API: a fresh link for a dead one ----------------------------------------------
-
-
-def api_secret() -> str:
-    return os.environ.get("RUNWAYML_API_SECRET", "").strip()
-
-
-def fetch_fresh_link(task_id: str, session: Session) -> str:
-    """A new link to the video of ``task_id`` (https://docs.dev.runwayml.com/api/).
-
-    Raises `TransientError` where another try may help, else `TaskError`. Redirects are not
-    followed: the key is for this host alone.
-    """
-    base_url = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
-    headers = {"Authorization": f"Bearer {api_secret()}", "X-Runway-Version": "2024-11-06"}
-    link = f"{base_url}/v1/tasks/{quote(task_id, '', errors='replace')}"
-    with session.get(link, headers, redirects=0) as response:
-        status, body = response.status_code, b""
-        if status != 200 and status not in RETRIED_STATUSES:
-            raise TaskError(f"HTTP {status}", "see the task, and RUNWAYML_API_SECRET")
-        check_status(status, response.headers)
-        for piece in session.chunks(response):
-            body += piece
-            if len(body) >= BYTES_PER_MB:
-                break
-        return read_api_answer(body[:BYTES_PER_MB])
-
-
-def read_api_answer(body: bytes) -> str:
-    """The link that stands first in ``output`` of a task as the API describes it."""
+def parse_answer(body: bytes) -> Answer:
+    """Return the task that the API describes; the first of its ``output`` is the video."""
     try:
         task = as_object(json.loads(body))
     except (ValueError, RecursionError):
         raise TransientError("the answer is not JSON, or not all of it came") from None
-    output, status = task.get("output"), task.get("status", "SUCCEEDED")
-    link = usable_link(output[0]) if isinstance(output, list) and output else ""
-    if not link or status != "SUCCEEDED":
-        shown = status if re.fullmatch("[A-Z_]{1,20}", str(status)) else "unknown"  # not our key
-        reason = f"the answer holds no video (status {shown})"
-        raise TaskError(reason, "see the task in Runway, or RUNWAYML_BASE_URL")
-    return link
+    link = row_link(task)
+    status = row_status(task) or (SUCCEEDED if link else "")
+    if not re.fullmatch("[A-Z_]{1,20}", status):  # whatever it is, it might hold the key
+        raise TaskError("the answer holds no status", "see RUNWAYML_BASE_URL")
+    return Answer(status, link)
 
 
-# --- Outcomes: what became of one task --------------------------------------------------------
+class LinkSource:
+    """Where a task's link comes from: its row, then, once, Runway, then nowhere."""
+
+    def __init__(self, task: Task, runway: Runway) -> None:
+        self._task = task
+        self._runway = runway
+        self._refusal = Fault(NO_LINK, "")  # why the row's link does not do
+        self.current = task.link if task.state is State.SUCCEEDED else ""
+        self.is_fresh = False
+        self.has_succeeded = task.state is State.SUCCEEDED
+
+    def get(self, watch: Watch) -> str:
+        """Return the link, asking Runway if need be.
+
+        Raises `LinkDead` when there is none, `TransientError` when Runway may be asked again. For
+        a task that polling gave up on, raises `NotSucceeded`, and `TaskError` if Runway could
+        not be asked.
+        """
+        if not self.current:
+            self.current = self._ask_runway(watch)
+            self.is_fresh = True
+        return self.current
+
+    def refuse(self, error: LinkDead) -> None:
+        """Forget a link that the server refused; raises `LinkDead` if there is no other."""
+        if self.is_fresh:
+            raise error
+        self._refusal = error.fault
+        self.current = ""
+        if not self._can_ask:
+            raise self._dead_without_key()
+
+    @property
+    def _can_ask(self) -> bool:
+        return bool(api_key() and self._task.task_id)
+
+    def _ask_runway(self, watch: Watch) -> str:
+        if not self._can_ask:
+            raise self._dead_without_key()
+        try:
+            answer = self._runway.ask(self._task.task_id, watch)
+        except TransientError as error:
+            raise TransientError(
+                f"Runway API: {error.fault.reason}", error.wait_s, error.is_pressure
+            ) from None
+        except TaskError as error:
+            raise self._no_help(error.fault) from None
+        if answer.status == SUCCEEDED:
+            self.has_succeeded = True
+        elif not self.has_succeeded and not answer.is_odd:
+            raise NotSucceeded(answer.status)
+        if answer.status == SUCCEEDED and answer.link:
+            return answer.link
+        reason = f"the answer holds no video (status {answer.status})"
+        if answer.link:
+            reason = f"it says {answer.status}, which is none of its statuses"
+        if answer.status == UNKNOWN:
+            reason = "it does not know the task"
+        raise self._no_help(Fault(reason, "see the task in Runway, or RUNWAYML_BASE_URL"))
+
+    def _no_help(self, fault: Fault) -> TaskError:
+        """Return that Runway was no help, and against what it was to help."""
+        if self._task.state is State.UNFINISHED:
+            return TaskError(f"Runway API: {fault.why}", fault.hint, "", fault.http_status)
+        reason = f"{self._refusal.reason}; Runway API: {fault.why}"
+        return LinkDead(reason, fault.hint, self._detail(), self._refusal.http_status)
+
+    def _dead_without_key(self) -> LinkDead:
+        hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh link"
+        if not self._task.task_id:
+            hint = "run the polling step again"
+        return LinkDead(self._refusal.reason, hint, self._detail(), self._refusal.http_status)
+
+    def _detail(self) -> str:
+        """Say how the row's link was refused, and when it expired."""
+        told = [self._refusal.detail, expiry_text(self._task.link, time.time())]
+        return ", ".join(filter(None, told))
+
+
+def expiry_text(link: str, now_s: float) -> str:
+    """Say when ``link`` expires or expired, ``""`` if it does not tell."""
+    expiry = link_expiry(link)
+    if expiry == math.inf:
+        return ""
+    word = "expired" if expiry <= now_s else "valid until"
+    return f"{word} {shown_time(expiry)}"
+
+
+# --- Retries: when to try again ----------------------------------------------------------------
+
+BACKOFF_BASE_S = 0.5
+BACKOFF_MAX_S = 32.0
+PRESSURE_MAX_S = 8.0
+PRESSURE_FREE_S = 15.0
+RETRY_AFTER_MAX_S = 60.0
+PROGRESS_BYTES = 64 * 1024
+PART_GONE_MAX = 10
+
+
+class Retries:
+    """Counts the tries of one link and says how long to wait for the next.
+
+    ``started_s`` and ``now_s`` are on the monotonic clock; ``jitter`` is from 0 to 1.
+    """
+
+    def __init__(self, allowed: int, started_s: float) -> None:
+        self.allowed = allowed
+        self.tries = 1
+        self._started_s = started_s
+        self._failures = 0  # since the last progress
+        self._parts_gone = 0
+        self._most_bytes = 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last of several tries."""
+        return 0 < self.allowed <= self._failures
+
+    def progressed(self, size_bytes: int, is_whole: bool) -> None:
+        """Renew the tries if this one brought 64 kB more than any before, or the rest."""
+        is_much_more = size_bytes >= self._most_bytes + PROGRESS_BYTES
+        is_the_rest = is_whole and size_bytes > self._most_bytes
+        if is_much_more or is_the_rest:
+            self._failures = 0
+            self._most_bytes = size_bytes
+
+    def delay_s(self, error: TransientError, now_s: float, jitter: float) -> float:
+        """Return how long to wait before the next try; raises `TaskError` if none is left."""
+        fault = error.fault
+        if error.wait_s > RETRY_AFTER_MAX_S:
+            reason = f"{fault.reason} and asks to wait {error.wait_s:.0f} s"
+            raise self._final(reason, "run again after that time", fault.http_status)
+        if not self._is_free(error, now_s):
+            if self._failures >= self.allowed:
+                raise self._final(fault.reason, fault.hint, fault.http_status)
+            self._failures += 1
+        self.tries += 1
+        return max(self._backoff_s(error) * (0.5 + jitter / 2), error.wait_s)
+
+    def _is_free(self, error: TransientError, now_s: float) -> bool:
+        """Whether this fault uses up no try."""
+        if isinstance(error, PartGone):
+            self._parts_gone += 1
+            return self._parts_gone <= PART_GONE_MAX
+        return error.is_pressure and now_s - self._started_s < PRESSURE_FREE_S
+
+    def _backoff_s(self, error: TransientError) -> float:
+        """Return the wait without jitter: it doubles with each try, up to a bound."""
+        if error.is_pressure:
+            return min(BACKOFF_BASE_S * 2.0 ** min(self.tries - 2, 10), PRESSURE_MAX_S)
+        doublings = max(self._failures - 1, 0)
+        return min(BACKOFF_BASE_S * 2.0 ** min(doublings, 10), BACKOFF_MAX_S)
+
+    def _final(self, reason: str, hint: str, http_status: int | None) -> TaskError:
+        detail = f"tried {self.tries} times" if self.tries > 1 else ""
+        return TaskError(reason, hint, detail, http_status)
+
+
+# --- Outcomes: what became of one task ---------------------------------------------------------
 
 
 class Status(str, Enum):
     DOWNLOADED = "downloaded"
-    FAILED = "failed"
     EXISTS = "exists"
+    FAILED = "failed"
     PENDING = "pending"  # in a dry run
+    NOT_SUCCEEDED = "not succeeded"  # says Runway of a task that polling gave up on
+    UNASKED = "unasked"  # Runway could not be asked about such a task
+
+    def __str__(self) -> str:
+        return self.value
+
+
+ON_DISK = {Status.DOWNLOADED, Status.EXISTS}
+COUNTED = {*ON_DISK, Status.FAILED}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one task: its video's ``path`` and bytes, and the ``fault`` if it failed.
+    """What became of one task: its video's ``path`` and bytes, and the ``fault`` if it has one.
 
-    One that is there may have a fault as well: it could not be handed over. ``notes`` are
-    lines for the console.
+    A video that is on disk may have a fault as well: it could not be handed over. ``warning``
+    says why one that was kept is worth a look, ``link`` is the one that brought the bytes, and
+    ``notes`` are lines for the console. ``is_kept_waiting`` says that a stop came before commands
+    could take the video.
     """
 
     task: Task
     status: Status
     path: Path
     size_bytes: int | None = None
-    fault: TaskError | None = None
+    fault: Fault | None = None
     warning: str = ""
     notes: tuple[str, ...] = ()
+    runway_status: str = ""
+    link: str = field(default="", repr=False)
+    is_kept_waiting: bool = False
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self.status in ON_DISK
 
     @property
     def error(self) -> str:
@@ -1217,557 +2407,1556 @@ class Outcome:
         return f"{printable(self.path.name)} (task {shown_id(self.task.task_id)})"
 
     def as_json(self) -> dict[str, Any]:
-        path = str(self.path) if self.status is not Status.FAILED or self.size_bytes else None
-        what = {"task_id": self.task.task_id, "status": self.status.value, "path": path}
-        said = {"error": self.error or None, "warning": self.warning or None}
-        expiry = link_expiry(self.task.link) if self.status is Status.PENDING else math.inf
-        more = {"expires": utc(expiry).isoformat()} if expiry < math.inf else {}
-        return {**what, "size_bytes": self.size_bytes, **said, **more}
+        """Return the entry of ``videos`` in the object of --json."""
+        error = None
+        if self.fault:
+            fault = self.fault
+            error = {
+                "reason": bare(fault.why),
+                "hint": fault.hint,
+                "http_status": fault.http_status,
+            }
+        expiry = link_expiry(self.link or self.task.link)
+        has_path = self.is_on_disk or self.status is Status.PENDING or bool(self.size_bytes)
+        return {
+            "task_id": self.task.task_id,
+            "stub": self.task.stub,
+            "status": self.status.value,
+            "path": str(self.path) if has_path else None,
+            "size_bytes": self.size_bytes,
+            "error": error,
+            "warning": self.warning or None,
+            "expires": None if expiry == math.inf else utc(expiry).isoformat(),
+        }
 
 
-STATISTICS = {"downloaded": "downloaded", "failed": "failed_downloads", "exists": "already_exists"}
+# --- Publishing: metadata first, then the video gets its name in one step ----------------------
+
+# What os.link may fail with for other reasons than that the file system has no hard links; those
+# fail in many ways: EPERM on FAT, ENOTSUP on shares, EIO on an rclone mount.
+REAL_LINK_ERRORS = {errno.EEXIST, errno.ENOENT, errno.ENOSPC, errno.EDQUOT}
 
 
-def count_outcomes(outcomes: Sequence[Outcome] = ()) -> dict[str, int]:
-    counts = Counter(outcome.status.value for outcome in outcomes)
-    named = {name: counts[status] for status, name in STATISTICS.items()}
-    return {"total_succeeded": len(outcomes)} | named
+def publish_video(part: Part, plan: Plan, info: Object, hidden: HiddenFiles) -> None:
+    """Give a whole part its name, so that whoever sees the video finds its metadata.
+
+    A kill in between leaves metadata without a video, which the next run fills. Raises
+    FileExistsError if somebody has taken the name, `PartGone` if somebody removed the part.
+    """
+    task = plan.task
+    path = plan.path
+    metadata_path = path.with_suffix(".json")
+    remove_what_is_no_video(path, plan.size_bytes)
+    if os.path.lexists(path):
+        raise FileExistsError
+    try:
+        is_new = put_metadata(metadata_path, task, path.name, info, hidden)
+        try:
+            give_name(part.path, path)
+        except OSError:
+            if is_new and not holds_video(path, info):
+                withdraw_metadata(metadata_path, task, info)
+            raise
+    except FileNotFoundError:
+        raise PartGone from None
+    confirm_metadata(metadata_path, task, path.name, info, hidden)
 
 
-# --- One download: attempts, back-off, resume, a fresh link, a name ---------------------------
+def remove_what_is_no_video(path: Path, seen_bytes: int | None) -> None:
+    """Remove an empty file, text or a cut MP4 that was seen under the name; the rest stays."""
+    size = file_bytes(path)
+    if size is None or size != seen_bytes:
+        return
+    if size and inspect_path(path, size) in KEPT:
+        return
+    with disk_errors(f"remove {printable(path.name)}, which is no video"):
+        os.unlink(path)
 
 
-def backoff_s(failures: int, at_least_s: float | None, jitter: float) -> float:
-    """Seconds before the next try: exponential, ``jitter`` in [0, 1) halves it at most."""
-    return max(BACKOFF_BASE_S * 2.0 ** min(failures - 1, 6) * (0.5 + jitter / 2), at_least_s or 0.0)
+def holds_video(path: Path, info: Object) -> bool:
+    """Whether the file ``path`` holds the bytes that ``info`` describes."""
+    with contextlib.suppress(OSError):
+        return file_bytes(path) == info["size_bytes"] and describe_file(path) == info
+    return False
+
+
+def withdraw_metadata(path: Path, task: Task, info: Object) -> None:
+    """Remove the task's metadata, unless by now it describes another run's copy of the video."""
+    with contextlib.suppress(OSError):
+        there = read_metadata(path)
+        if there and task.owns(there) and there.get("file_info") == info:
+            remove(path)
+
+
+def put_metadata(
+    path: Path, task: Task, video_name: str, info: Object, hidden: HiddenFiles
+) -> bool:
+    """Have ``path`` describe the video; return whether it was not there before.
+
+    What is there and the task's is left as it is, but for ``file_info``. Raises
+    FileExistsError for a file that is another task's or another program's.
+    """
+    there = read_metadata(path)
+    if there is None:
+        remove_if_empty(path)
+        metadata = build_metadata(task, video_name, info, datetime.now())
+        write_new(path, encode_metadata(metadata), task.file_key, hidden)
+        return True
+    if not task.owns(there):
+        raise FileExistsError
+    update_metadata(path, there, {"file_info": info}, task.file_key, hidden)
+    return False
+
+
+def update_metadata(
+    path: Path, there: Object, changes: Object, file_key: str, hidden: HiddenFiles
+) -> None:
+    """Replace the metadata in one step, if ``changes`` change anything."""
+    changed = {**there, **changes}
+    if changed == there:
+        return
+    temporary = write_hidden(encode_metadata(changed), file_key, hidden)
+    try:
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def confirm_metadata(
+    path: Path, task: Task, video_name: str, info: Object, hidden: HiddenFiles
+) -> None:
+    """Have the metadata describe the video that we published.
+
+    Another run that fetched the same video meanwhile may have written of its own copy.
+    """
+    with contextlib.suppress(OSError):
+        there = read_metadata(path)
+        if there is None:
+            put_metadata(path, task, video_name, info, hidden)
+        elif task.owns(there):
+            update_metadata(path, there, {"file_info": info}, task.file_key, hidden)
+
+
+def remove_if_empty(path: Path) -> None:
+    """Remove an empty file: it is nobody's, perhaps of a run that was killed."""
+    if file_bytes(path) == 0:
+        os.unlink(path)
+
+
+def write_new(path: Path, data: bytes, file_key: str, hidden: HiddenFiles) -> None:
+    """Write a file that is not there yet, whole or not at all; raises FileExistsError.
+
+    Without hard links it is created exclusively and written in one go.
+    """
+    temporary = write_hidden(data, file_key, hidden)
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno in REAL_LINK_ERRORS:
+            raise
+        write_exclusively(path, data)
+    finally:
+        remove(temporary)
+
+
+def write_hidden(data: bytes, file_key: str, hidden: HiddenFiles) -> Path:
+    """Write ``data`` to a hidden file of our own that has reached the disk."""
+    path, file = hidden.create(file_key, "tmp")
+    try:
+        file.write(data)
+        sync_and_close(file)
+        if os.stat(path).st_size != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        close(file)
+        remove(path)
+        raise
+    return path
+
+
+def write_exclusively(path: Path, data: bytes) -> None:
+    try:
+        with open(path, "xb", buffering=0) as file:
+            file.write(data)
+            sync_file(file.fileno())
+        share_with_writers(path, stat.S_IMODE(os.stat(path.parent).st_mode))
+    except FileExistsError:
+        raise
+    except OSError:
+        with contextlib.suppress(OSError):
+            if data.startswith(path.read_bytes()):  # what is there is ours, or empty
+                remove(path)
+        raise
+
+
+def give_name(hidden_path: Path, final: Path) -> None:
+    """Give a hidden file its final name in one step; raises FileExistsError if that is taken.
+
+    The name is a second link. Where the file system has none, an empty file holds the name, and
+    the hidden one is renamed over it.
+    """
+    try:
+        os.link(hidden_path, final)
+    except OSError as error:
+        if error.errno in REAL_LINK_ERRORS:
+            raise
+        rename_over_empty(hidden_path, final)
+    else:
+        remove(hidden_path)
+
+
+def rename_over_empty(hidden_path: Path, final: Path) -> None:
+    descriptor = os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    finish_unwritten(descriptor)
+    os.close(descriptor)
+    try:
+        os.replace(hidden_path, final)
+    except OSError:
+        remove_if_empty(final)
+        raise
+
+
+# --- One download: attempts at one task, from the look at the directory to the video -----------
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What all downloads of a run use; ``stop`` ends them."""
+
+    index: Index
+    hidden: HiddenFiles
+    client: HttpClient
+    runway: Runway
+    timeout_s: float
+    retries: int
+    commands: Sequence[Command]
+    stop: threading.Event
+
+
+class Notes:
+    """Lines that tell what is worth knowing of one task, each once, with how often it came."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, line: str) -> None:
+        self._counts[line] += 1
+
+    def lines(self) -> tuple[str, ...]:
+        return tuple(
+            f"{line} ({count} times)" if count > 1 else line for line, count in self._counts.items()
+        )
 
 
 class Download:
-    """Brings one task's video to its place, in the worker thread that calls `run`.
+    """Brings one task's video to its place. Each call of `bring` makes one attempt.
 
-    The live line looks at ``part``, ``received`` and ``waiting`` meanwhile.
+    The leading thread looks at ``watch`` and ``part`` meanwhile.
     """
 
-    def __init__(self, plan: Plan, session: Session) -> None:
-        self.received, self.waiting = 0, ""
-        self._plan, self._task, self._session = plan, plan.task, session
-        # the row's link, then "" when that is refused, then Runway's, which is not replaced
-        self._link, self._is_fresh = plan.task.link, False
-        self._hidden = hidden_path(plan.path.parent, plan.task.key)
-        self._dead = LinkDead(NO_LINK, "")
-        self._tries, self._failures, self._failed_at = 1, 0, NEVER
-        self._most_bytes, self._is_length_known = 0, True
-        self._ranges_work: bool | None = None  # False: asked for, and none has brought a byte
-        self._notes, self._warning = Counter[str](), ""
+    def __init__(self, plan: Plan, tools: Tools) -> None:
+        self.plan = plan
+        self.watch = Watch(tools.stop, tools.timeout_s)
+        self.part: Part | None = None
+        self._tools = tools
+        self._session = tools.client.session()
+        self._links = LinkSource(plan.task, tools.runway)
+        self._retries = Retries(tools.retries, time.monotonic())
+        self._notes = Notes()
+        self._may_adopt = True
+        self._is_length_known = True
 
-    def run(self) -> Outcome:
-        """Do what is to be done; raises `JobError`, `InOtherHands` and `Cancelled`."""
-        keep = True
+    @property
+    def task(self) -> Task:
+        return self.plan.task
+
+    def bring(self) -> Outcome:
+        """Make one attempt; return what became of the task.
+
+        Raises `Later` when another attempt is to follow, `JobError` when the run cannot go on,
+        and `Cancelled` when it is ending.
+        """
+        self.watch.start()
         try:
-            self.part = PartFile.claim(self._hidden)
-            self._session.downloads.append(self)
-            try:
-                outcome, keep = self._act(), False
-                return hand_over(outcome, self._session)
-            finally:
-                self.part.release(keep)
-        except TaskError as fault:
-            tries = f"tried {self._tries} times" if self._tries > 1 else ""
-            fault.detail = ", ".join(filter(None, (fault.detail, tries)))
-            return self._outcome(Status.FAILED, None, fault)
+            return self._attempt()
+        except LinkDead as error:
+            return self._without_link(error.fault)
+        except TransientError as error:
+            return self._later_or_failed(error)
+        except TaskError as error:
+            return self.failed(error.fault)
+        except NotSucceeded as answer:
+            return self._outcome(Status.NOT_SUCCEEDED, runway_status=answer.runway_status)
+        finally:
+            self.watch.pause()
 
-    def _act(self) -> Outcome:
-        while True:
-            try:
-                return self._attempt()
-            except LinkDead as error:
-                if self._link and not self._is_fresh:
-                    self._dead, self._link = error, ""  # the next attempt asks for a fresh one
-                elif self._plan.action is not Action.ASK:
-                    raise
-                elif adopted := self._adopt(f"  ℹ️ Taken for this task's, unasked: {error.why}"):
-                    return adopted
-            except TransientError as error:
-                self._back_off(error)
-                if not self.part.is_intact():
-                    self.part.release()
-                    self.part = PartFile.claim(self._hidden)
+    def failed(self, fault: Fault) -> Outcome:
+        """Return that it failed; before Runway has said that the task SUCCEEDED, it only asked."""
+        status = Status.FAILED if self._links.has_succeeded else Status.UNASKED
+        return self._outcome(status, fault=fault)
+
+    def _later_or_failed(self, error: TransientError) -> Outcome:
+        if not error.is_pressure:
+            self._tools.client.forget_connections()
+        try:
+            delay_s = self._retries.delay_s(error, time.monotonic(), random.random())
+        except TaskError as final:
+            return self.failed(final.fault)
+        self._notes.add(f"  🔁 Tried again: {error.fault.reason}")
+        raise Later(delay_s, error.fault.reason, is_pressure=error.is_pressure) from None
+
+    def _without_link(self, fault: Fault) -> Outcome:
+        """Take the video that is there, if no other task of this run wants its name; else fail."""
+        is_alone = self._tools.index.wanted[fold(self.plan.path.stem)] <= 1
+        if self.plan.action is Action.ASK and is_alone:
+            note = f"  ℹ️ Taken for this task's, since its link could not be asked: {fault.why}"
+            adopted = self._adopt(note)
+            if adopted:
+                return adopted
+        if self.plan.action is Action.ASK:
+            may_be_it = f"{printable(self.plan.path.name)} may be its video, but nobody can tell"
+            fault = replace(fault, detail=", ".join(filter(None, [fault.detail, may_be_it])))
+        return self.failed(fault)
 
     def _attempt(self) -> Outcome:
-        """A look at the directory, a request if need be for what is missing, and publishing."""
-        if there := self._look(in_hand=self.part.share == 1):
-            return there
-        if self.part.share < 1:
-            if not self._link:
-                self._link, self._is_fresh = self._fresh_link(), True
-            if adopted := self._transfer():
-                return adopted
-        with disk_errors("read the video back"):
-            content = inspect(self.part.file, self.part.size_bytes)
-        if content is Content.CUT or (content is Content.SURPLUS and not self._is_length_known):
-            self.part.restart()
-            raise TransientError(f"the server sent {content.value}")
-        if content not in KEPT:
-            self.part.restart()
-            raise TaskError(f"what the server sent is {content.value}", "see the task in Runway")
-        self._warning = "" if content is Content.WHOLE else f"it is {content.value}"
-        return self._publish()
-
-    def _look(self, in_hand: bool) -> Outcome | None:
-        """Plan by the directory as it is now; the outcome if the video is there already."""
-        self._plan = plan_task(self._task, self._session.index, in_hand)
-        if self._plan.action is Action.KEEP:
-            return self._outcome(Status.EXISTS, self._plan.size_bytes)
-        return self._adopt() if self._plan.action is Action.ADOPT else None
-
-    def _fresh_link(self) -> str:
-        """A link from Runway; else raise `LinkDead`, saying what would help."""
-        detail, expiry = self._dead.detail, link_expiry(self._task.link)
-        if expiry < math.inf:
-            word = "expired" if expiry <= time.time() else "valid until"
-            detail += f", {word} {utc(expiry):%Y-%m-%d %H:%M:%S} UTC"
-        if not (api_secret() and self._task.task_id):
-            hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh link"
-            hint = hint if self._task.task_id else "run the polling step again"
-            raise LinkDead(self._dead.reason, hint, detail)
+        self._look_for_other_runs()
+        self.part = Part(self._tools.hidden, self.task.file_key)  # tells them what we have in hand
         try:
-            return fetch_fresh_link(self._task.task_id, self._session)
-        except TransientError as error:
-            error.reason = f"Runway API: {error.reason}"
+            there = self._look_for_other_runs()
+            return self._bring_into(self.part, newest_leftover(there))
+        except JobError:
+            self.part.discard()
             raise
-        except TaskError as error:
-            reason = f"{self._dead.reason}; Runway API: {error.reason}"
-            raise LinkDead(reason, error.hint, detail) from None
+        finally:
+            self.part.release()
 
-    def _transfer(self) -> Outcome | None:
-        """Ask and receive, unless the answer shows that the file there is this task's own."""
-        part, headers = self.part, {"Accept-Encoding": "identity"}
-        if part.source and part.size_bytes and self._failures <= self._session.retries:
-            self._ranges_work = self._ranges_work or False
-            headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": part.source[1]}
-        with self._session.get(self._link, headers, redirects=30) as response:
-            self.waiting = ""
-            status, (start, total, source) = response.status_code, read_head(response)
-            continues = 0 < part.size_bytes == start and source == part.source
-            if part.size_bytes and not continues and status in (206, 400, 405, 412, 416, 501):
-                part.restart()  # the server has another object by now, or gives no ranges
-                return self._transfer()  # once: an empty part asks for none
-            check_status(status, response.headers)
-            if not continues and start != 0:
-                raise TransientError("the server sent a part that was not asked for")
-            is_own = self._plan.action is Action.ASK and total == self._plan.size_bytes
-            if is_own and (adopted := self._adopt()):
+    def _look_for_other_runs(self) -> list[Path]:
+        """Return the task's hidden files; raises `Later` if another run has it in hand.
+
+        Before our part is made, so that a run which waits makes none, and after that, so that of
+        two runs which come at once one gives way.
+        """
+        own = self.part.path if self.part else None
+        there = self._tools.hidden.of_task(self.task.file_key)
+        if self._tools.hidden.are_in_other_hands(there, own):
+            why = "a video that another run has in hand"
+            raise Later(random.uniform(0.1, 0.4), why, is_in_other_hands=True)
+        return there
+
+    def _bring_into(self, part: Part, leftover: Leftover | None) -> Outcome:
+        """Look at the directory, ask for what is missing, and publish it."""
+        self._look(self._may_adopt)
+        if self.plan.action is Action.KEEP:
+            return self._outcome(Status.EXISTS)
+        if self.plan.action is Action.ADOPT:
+            adopted = self._adopt()
+            if adopted:
                 return adopted
-            if continues:
-                self._notes[f"  ⏩ Resumed at {megabytes(part.size_bytes)}"] += 1
-            else:
-                part.restart(source)
-            self._receive(response, total)
+            raise TransientError("somebody took the name meanwhile")
+        if not self._may_resume(leftover):
+            leftover = None
+        if leftover and leftover.is_whole:
+            part.copy(leftover, self.watch)
+        else:
+            adopted = self._transfer(part, leftover)
+            if adopted:
+                return adopted
+        part.finish()
+        return self._publish(part, self._check_content(part))
+
+    def _look(self, may_adopt: bool) -> None:
+        self.plan = plan_task(self.task, self._tools.index, may_adopt)
+
+    def let_go(self) -> None:
+        """Let go of the part, for a thread that is stuck with it."""
+        if self.part:
+            self.part.let_go()
+
+    def _may_resume(self, leftover: Leftover | None) -> bool:
+        """Whether to ask for the rest of ``leftover``, and not for all."""
+        if leftover is None or self.plan.action is Action.ASK:
+            return False  # the size that is announced for all of it tells whose the video is
+        return leftover.is_whole or not self._retries.is_last
+
+    # From the request to bytes on disk
+
+    def _transfer(self, part: Part, leftover: Leftover | None) -> Outcome | None:
+        """Ask and receive, unless the answer shows that the video there is this task's own."""
+        link = self._links.get(self.watch)
+        if self.task.state is State.UNFINISHED:
+            self.plan = replace(self.plan, task=self.task.succeeded(link))
+            self._may_adopt = False  # nobody knew of this video, so none on disk can be it
+            self._look(may_adopt=False)
+        response = self._request(link, leftover)
+        with response:
+            if leftover and not resumes(response, leftover):
+                leftover = None
+                if response.status_code != 200 and not is_retried(response.status_code):
+                    response.close()
+                    return self._transfer_all(part, self._request(link, None))
+            return self._receive_from(response, part, leftover)
+
+    def _transfer_all(self, part: Part, response: requests.Response) -> Outcome | None:
+        """Receive all, since the server refused only a part: that is no refusal of the link."""
+        with response:
+            return self._receive_from(response, part, None)
+
+    def _request(self, link: str, leftover: Leftover | None) -> requests.Response:
+        headers = {"Accept-Encoding": "identity"}
+        if leftover:
+            headers["Range"] = f"bytes={leftover.size_bytes}-"
+            headers["If-Range"] = leftover.source.validator
+        return self._tools.client.get(self._session, link, headers, MAX_REDIRECTS)
+
+    def _receive_from(
+        self, response: requests.Response, part: Part, leftover: Leftover | None
+    ) -> Outcome | None:
+        try:
+            check_status(response)
+        except LinkDead as refusal:
+            self._links.refuse(refusal)
+            raise Later(0.0, "a fresh link from Runway") from None
+        check_encodings(response.headers)
+        head = read_head(response)
+        is_own = self.plan.action is Action.ASK and head.total_bytes == self.plan.size_bytes
+        if is_own and response.status_code == 200:
+            adopted = self._adopt()
+            if adopted:
+                return adopted
+        if leftover:
+            part.copy(leftover, self.watch)
+            self._notes.add(f"  ⏩ Resumed at {megabytes(leftover.size_bytes)}")
+        elif head.start != 0:
+            raise TransientError("the server sent a part that was not asked for")
+        else:
+            part.begin(head.source)
+        self._receive(response, part, head)
         return None
 
-    def _receive(self, response: requests.Response, total: int) -> None:
+    def _receive(self, response: requests.Response, part: Part, head: Head) -> None:
         """Write the body to the part and count it against what the head announced.
 
         Where it announced nothing, and nothing came, the head was cut.
         """
-        part, announced = self.part, response.raw.length_remaining
-        self._is_length_known = announced is not None
-        least = 1 if announced is None else announced
-        for data in self._session.chunks(response):
-            part.write(data)
-            self.received += len(data)
-            self._ranges_work = response.status_code == 206 or self._ranges_work
-            if part.size_bytes > self._most_bytes:
-                self._most_bytes, self._failures = part.size_bytes, 0
-        if least > response.raw.tell() or 0 < total != part.size_bytes:
-            raise TransientError("the connection was cut")
-
-    def _back_off(self, error: TransientError) -> None:
-        """Wait until it is time for another try; raise a final error when none is left.
-
-        A try costs nothing if the server served others lately, or since this video's last try.
-        """
-        if not self.part.share and self.part.is_intact():
-            self.part.restart()
-        if (error.wait_s or 0) > RETRY_AFTER_CAP_S:
-            wait = f"{error.reason} and asks to wait {error.wait_s:.0f} s"
-            raise TaskError(wait, "run again after that time") from None
-        uses_up = error.served_at <= min(self._failed_at, time.monotonic() - STILL_SERVING_S)
-        self._failed_at = time.monotonic()
-        # one more, which asks for all: ranges may be what fails here
-        if uses_up and self._failures >= self._session.retries + (self._ranges_work is False):
-            raise TaskError(error.reason, error.hint) from None
-        self.waiting = error.reason
-        self._notes[f"  🔁 Tried again: {error.reason}"] += 1
-        failures = self._failures + 1 if uses_up else min(self._tries, 4)
-        self._failures += uses_up
-        self._tries += 1
-        self._session.wait(backoff_s(failures, error.wait_s, random.random()))
-        if uses_up:
-            self._session.adapter.close()  # connections that idle may be dead as well
-
-    def _publish(self) -> Outcome:
-        """Give the whole video its name, or another if that is taken by now."""
-        with disk_errors("write the video"):
-            os.fsync(self.part.file.fileno())
-            info = file_info(self.part.file, self.part.sha256)
-        for _ in range(NAME_TRIES):
-            with contextlib.suppress(FileExistsError), disk_errors("put the video in place"):
-                self._put_in_place(info)
-                return self._outcome(Status.DOWNLOADED, info["size_bytes"])
-            if there := self._look(in_hand=True):
-                return there
-            # what has the name is no video: it goes before metadata says that there is one
-            if file_bytes(self._plan.path) == self._plan.size_bytes:
-                with disk_errors(f"remove {printable(self._plan.path.name)}, which is no video"):
-                    os.unlink(self._plan.path)
-        raise TransientError(CHANGED_MEANWHILE)
-
-    def _put_in_place(self, info: Object) -> None:
-        """Publish metadata, then the video: whoever sees it finds both.
-
-        A kill in between leaves metadata without a video, which the next run fills. Raises
-        FileExistsError if somebody has taken the name.
-        """
-        path, metadata = self._plan.path, self._plan.path.with_suffix(".json")
-        if os.path.lexists(path):
-            raise FileExistsError
-        is_new = put_metadata(metadata, self._task, path.name, info, bool(self._session.command))
+        announced = response.raw.length_remaining
+        before = response.raw.tell()
         try:
-            if not self.part.is_intact():
-                raise TransientError(CHANGED_MEANWHILE)
-            publish(self.part.path, path, replaces=False)
-            if not (self.part.is_at(self.part.path) or self.part.is_at(path)):
-                remove(path)  # somebody changed what the hidden name stands for
-                raise FileExistsError
-            with contextlib.suppress(OSError, AttributeError):
-                os.removexattr(path, NOTE)
-        except (OSError, TransientError):
-            if is_new and file_bytes(path) != info["size_bytes"]:  # else it describes that one
-                remove(metadata)
-            raise
+            for block in read_blocks(response, self.watch, self._tools.timeout_s):
+                part.write(block)
+        finally:
+            self._retries.progressed(part.size_bytes, is_whole=part.size_bytes == head.total_bytes)
+        came = response.raw.tell() - before
+        is_short = came < (1 if announced is None else announced)
+        is_miscounted = head.total_bytes is not None and head.total_bytes != part.size_bytes
+        if is_short or is_miscounted:
+            raise TransientError("the connection was cut")
+        self._is_length_known = announced is not None
+
+    def _check_content(self, part: Part) -> Content:
+        """Return what came; raise for a video that is not whole, or is no video."""
+        with disk_errors("read the video back"):
+            content = inspect_path(part.path, part.size_bytes)
+        is_cut = content is Content.SURPLUS and not self._is_length_known
+        if content is Content.CUT or is_cut:
+            part.discard()
+            raise TransientError(f"the server sent {content.value}")
+        if content not in KEPT:
+            part.discard()
+            self._tools.client.forget_connections()
+            raise TaskError(f"what the server sent is {content.value}", "see the task in Runway")
+        return content
+
+    # From bytes on disk to a video under its name
+
+    def _publish(self, part: Part, content: Content) -> Outcome:
+        """Give the whole video its name, or another if that is taken by now."""
+        info = file_info(part.size_bytes, part.sha256.hexdigest())
+        for _ in range(NAME_TRIES):
+            self.watch.check()
+            try:
+                with disk_errors("put the video in place"):
+                    publish_video(part, self.plan, info, self._tools.hidden)
+            except FileExistsError:
+                self._look(may_adopt=False)
+                if self.plan.action is Action.KEEP:
+                    return self._outcome(Status.EXISTS)
+                continue
+            self._tools.index.note_video(self.task, self.plan.path.stem)
+            return self._downloaded(part.size_bytes, content)
+        raise TransientError("somebody takes each name that it is to have")
+
+    def _downloaded(self, size_bytes: int, content: Content) -> Outcome:
+        name = self.plan.path.stem
+        if self.plan.holder and name != self.task.stub:
+            self._notes.add(f"  ℹ️ Saved under this name: {printable(self.plan.holder)}")
+        others = len(row_links(self.task.row)) - 1
+        if others > 0:
+            more = counted(others, "more link")
+            self._notes.add(f"  ℹ️ The task has {more}; the first is the video")
+        if self._links.is_fresh:
+            self._notes.add("  🔗 Fresh link from Runway")
+        warning = "" if content is Content.WHOLE else f"it is {content.value}"
+        return self._outcome(Status.DOWNLOADED, size_bytes, warning=warning)
 
     def _adopt(self, *notes: str) -> Outcome | None:
-        """Create metadata for the video that is there; ``None``: it is another's by now."""
-        path, metadata = self._plan.path, self._plan.path.with_suffix(".json")
-        with contextlib.suppress(FileExistsError), disk_errors("describe the video there"):
-            with open(path, "rb") as file:
-                info = file_info(file)
-            put_metadata(metadata, self._task, path.name, info)
-            self._notes.update([*notes, f"  📄 Metadata created: {printable(metadata.name)}"])
-            return self._outcome(Status.EXISTS, info["size_bytes"])
-        return None
+        """Create metadata for the video that is there; ``None``: somebody took the name."""
+        path = self.plan.path
+        metadata_path = path.with_suffix(".json")
+        try:
+            with disk_errors(f"describe {printable(path.name)}"):
+                info = describe_file(path, self.watch.note)
+                put_metadata(metadata_path, self.task, path.name, info, self._tools.hidden)
+        except FileExistsError:
+            return None
+        for line in [*notes, f"  📄 Metadata created: {printable(metadata_path.name)}"]:
+            self._notes.add(line)
+        self._tools.index.note_video(self.task, path.stem)
+        return self._outcome(Status.EXISTS, info["size_bytes"])
 
-    def _outcome(self, status: Status, size: int | None, fault: TaskError | None = None) -> Outcome:
-        plan = self._plan
-        if status is Status.DOWNLOADED and plan.holder and plan.path.stem != self._task.stub:
-            self._notes[f"  ℹ️ Saved under this name: {printable(plan.holder)}"] += 1
-        notes = tuple(f"{note} ({n} times)" if n > 1 else note for note, n in self._notes.items())
-        return Outcome(self._task, status, plan.path, size, fault, self._warning, notes)
+    def _outcome(
+        self,
+        status: Status,
+        size_bytes: int | None = None,
+        fault: Fault | None = None,
+        warning: str = "",
+        runway_status: str = "",
+    ) -> Outcome:
+        if status is Status.EXISTS and size_bytes is None:
+            size_bytes = self.plan.size_bytes
+        return Outcome(
+            task=self.task,
+            status=status,
+            path=self.plan.path,
+            size_bytes=size_bytes,
+            fault=fault,
+            warning=warning,
+            notes=self._notes.lines(),
+            runway_status=runway_status,
+            link=self._links.current,
+        )
 
 
-# --- Handing over: the command that takes each new video on -----------------------------------
+def resumes(response: requests.Response, leftover: Leftover) -> bool:
+    """Whether the answer goes on where ``leftover`` ends, with the same object."""
+    if response.status_code != 206:
+        return False
+    head = read_head(response)
+    return head.start == leftover.size_bytes and head.source == leftover.source
 
 
-def hand_over(outcome: Outcome, session: Session) -> Outcome:
-    """Run the command if the metadata says that the video is still to be handed over.
+# --- Handing over: the commands of --exec -------------------------------------------------------
 
-    The metadata then says that it was: at least once, since a kill may come in between.
+STOP_POLL_S = 0.05
+OUTPUT_LINES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that takes videos on: its words, with ``{video}`` and ``{metadata}`` to fill in."""
+
+    words: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, given: str | Sequence[str]) -> Command:
+        """Return the command; raises ValueError for one that is not there, or cannot be read."""
+        if isinstance(given, str):
+            words = tuple(shlex.split(given.replace("\\", "\\\\") if os.name == "nt" else given))
+        else:
+            words = tuple(given)
+        if not words or not shutil.which(words[0]):
+            raise ValueError(f"there is no such command: {given!r}")
+        for in_braces in re.findall(r"\{\s*[\w-]*(?:[.!:][^{}]*)?\s*\}", " ".join(words)):
+            if in_braces not in ("{video}", "{metadata}"):
+                raise ValueError(f"{in_braces} is not {{video}} or {{metadata}}")
+        unclosed = re.search(r"\{(?:video|metadata)(?!\w*\})", " ".join(words))
+        if unclosed:
+            raise ValueError(f"{unclosed[0]} is not closed with a brace")
+        return cls(words)
+
+    @property
+    def mark(self) -> str:
+        """What metadata holds once this command has taken a video."""
+        return digest("\0".join(self.words))[:12]
+
+    @property
+    def name(self) -> str:
+        return printable(self.words[0])
+
+    def filled_in(self, video: Path, metadata: Path) -> list[str]:
+        paths = {"{video}": str(video.absolute()), "{metadata}": str(metadata.absolute())}
+        either = re.compile("|".join(map(re.escape, paths)))
+        return [either.sub(lambda match: paths[match[0]], word) for word in self.words]
+
+
+def marks_of(metadata: Object | None) -> list[str]:
+    """Return the marks of the commands that took the video; older versions had no list."""
+    marks = (metadata or {}).get("handed_over")
+    return [each for each in marks if isinstance(each, str)] if isinstance(marks, list) else []
+
+
+def commands_due(path: Path, commands: Sequence[Command]) -> list[Command]:
+    """Return the commands that have not taken the video ``path`` yet.
+
+    A video without metadata is handed over to none: nothing could remember that it was.
     """
-    path, command, key = outcome.path.with_suffix(".json"), session.command, outcome.task.key
-    if not command or not is_waiting(path):
-        return outcome
-    try:
-        run_command(session, {"{video}": outcome.path, "{metadata}": path})
-        with disk_errors("record that it was handed over"):
-            if not is_waiting(path):  # the command may have renamed or moved it
-                path = path.with_name(f"{Index.scan(path.parent).homes.get(key, '')}.json")
-            if old := read_metadata(path):
-                write_whole(path, encode_metadata(old | {"handed_over": True}), key, replaces=True)
-    except Cancelled:  # the next run hands it over
-        return outcome
-    except TaskError as fault:
-        return replace(outcome, fault=fault)
-    return replace(outcome, notes=(*outcome.notes, f"  🔧 Handed over: {printable(command[0])}"))
+    if not commands:
+        return []
+    with contextlib.suppress(OSError):
+        metadata = read_metadata(path.with_suffix(".json"))
+        if metadata:
+            marks = marks_of(metadata)
+            return [each for each in commands if each.mark not in marks]
+    return []
 
 
-def is_waiting(metadata: Path) -> bool:
-    """Whether ``metadata`` says that its video is still to be handed over."""
-    return read_metadata(metadata).get("handed_over") is False
+def hand_over(outcome: Outcome, tools: Tools) -> Outcome:
+    """Run the commands that have not taken this video, in order, until one fails.
 
-
-def run_command(session: Session, paths: Mapping[str, Path]) -> None:
-    """Run the command without a shell and without the API key; raises `TaskError`, `Cancelled`.
-
-    ``paths`` go in, as absolute ones, for the ``{word}`` that is their key.
+    Metadata remembers each that succeeded. A kill may come in between, so it is at least once.
     """
-    either = re.compile("|".join(paths))
-    words = [either.sub(lambda key: str(paths[key[0]].absolute()), w) for w in session.command]
-    clean = {key: value for key, value in os.environ.items() if key != "RUNWAYML_API_SECRET"}
-    none, both = subprocess.DEVNULL, subprocess.STDOUT
-    said = why = ""
+    if not outcome.is_on_disk:
+        return outcome
+    notes = list(outcome.notes)
+    is_kept_waiting = False
+    for command in commands_due(outcome.path, tools.commands):
+        try:
+            run_command(command, outcome.path, tools.stop)
+            with disk_errors("record that it was handed over"):
+                record_hand_over(command, outcome, tools.hidden)
+        except Cancelled:  # the next run hands it over
+            is_kept_waiting = True
+            break
+        except TaskError as error:
+            return replace(outcome, fault=error.fault, notes=tuple(notes))
+        notes.append(f"  🔧 Handed over: {command.name}")
+    return replace(outcome, notes=tuple(notes), is_kept_waiting=is_kept_waiting)
+
+
+def record_hand_over(command: Command, outcome: Outcome, hidden: HiddenFiles) -> None:
+    """Note in the metadata that the command succeeded, and describe a video that it changed."""
+    path = outcome.path.with_suffix(".json")
+    there = read_metadata(path)
+    if not there:
+        return
+    marks = marks_of(there)
+    changes: dict[str, Any] = {"handed_over": [*marks, command.mark]}
+    before = as_object(there.get("file_info"))
+    if outcome.path.exists():
+        now = describe_file(outcome.path)
+        if now != before:
+            changes["file_info"] = now
+    update_metadata(path, there, changes, outcome.task.file_key, hidden)
+
+
+def run_command(command: Command, video: Path, stop: threading.Event) -> None:
+    """Run a command without a shell and without the API key.
+
+    Raises `TaskError` with the last lines that it printed if it fails, `Cancelled` at a stop.
+    """
+    words = command.filled_in(video, video.with_suffix(".json"))
+    environment = {key: each for key, each in os.environ.items() if key != "RUNWAYML_API_SECRET"}
+    said = ""
     try:
         with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(words, stdin=none, stdout=output, stderr=both, env=clean)
-            while process.poll() is None and not session.stop.wait(TICK_S / 5):
-                pass
-            process.terminate()  # where it has not ended, but the run does
-            session.wait(TICK_S if process.returncode else 0)  # Ctrl-C may have ended both
-            why = f"exit code {process.returncode}" if process.returncode else ""
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+            wait_for(process, stop)
             output.seek(0)
-            said = b"".join(deque(output, maxlen=1)).decode(errors="replace").strip()[:200]
+            said = last_lines(output)
+        why = f"exit code {process.returncode}" if process.returncode else ""
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a usable command"
     if why:
-        reason = f"not handed over: {printable(words[0])}: {why}"
-        raise TaskError(reason, "mend that, then run again with --exec", printable(said))
+        reason = f"not handed over: {command.name}: {why}"
+        raise TaskError(reason, "mend that, then run again with --exec", said)
 
 
-# --- How it all looks -------------------------------------------------------------------------
+def wait_for(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
+    """Wait for ``process``; at a stop, end it and raise `Cancelled`."""
+    while process.poll() is None and not stop.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_POLL_S)
+    if process.returncode:  # Ctrl-C may have ended both, and reach us a moment later
+        stop.wait(5 * STOP_POLL_S)
+    if stop.is_set():
+        process.terminate()
+        raise Cancelled
 
 
-def outcome_lines(outcome: Outcome, number: str) -> list[str]:
-    """The block of lines about one task; ``number`` is ``k/N``."""
-    name, size = printable(outcome.path.name), megabytes(outcome.size_bytes or 0)
-    fault, link = outcome.fault, printable(outcome.task.link)
-    link = link if len(link) <= 50 else f"{link[:50]}..."
+def last_lines(output: BinaryIO) -> str:
+    """Return the last lines of a command's output that are not blank, in one."""
+    lines = (line.decode(errors="replace").strip() for line in output)
+    return printable(" | ".join(deque(filter(None, lines), OUTPUT_LINES_SHOWN)))[-400:]
+
+
+# --- The report: what a run came to -------------------------------------------------------------
+
+
+class Report:
+    """Collects what became of all tasks, for the statistics, the exit code and --json."""
+
+    def __init__(self) -> None:
+        self.found = 0
+        self.outcomes: list[Outcome] = []
+        self.problems: list[str] = []  # of files, the gallery, …: no single video's
+        self.kept_bytes = 0  # of videos that a stop left unfinished
+        self.is_run = False  # whether there was a run to sum up
+        self._counted_keys: set[str] = set()
+
+    def begin(self, tasks: Iterable[Task]) -> None:
+        """Count the tasks that their rows say SUCCEEDED; the others once Runway says so."""
+        for task in tasks:
+            if task.state is State.SUCCEEDED:
+                self.found += 1
+                self._counted_keys.add(task.key)
+
+    def record(self, outcome: Outcome) -> None:
+        if self.outcomes and self.outcomes[-1] is outcome:
+            return  # Ctrl-C came when it had just been recorded
+        self.outcomes.append(outcome)
+        key = outcome.task.key
+        if outcome.status in COUNTED and key not in self._counted_keys:
+            self.found += 1
+            self._counted_keys.add(key)
+
+    def count(self, status: Status) -> int:
+        return sum(outcome.status is status for outcome in self.outcomes)
+
+    @property
+    def stats(self) -> dict[str, int]:
+        return {
+            "total_succeeded": self.found,
+            "downloaded": self.count(Status.DOWNLOADED),
+            "failed_downloads": self.count(Status.FAILED),
+            "already_exists": self.count(Status.EXISTS),
+        }
+
+    @property
+    def on_disk(self) -> int:
+        return self.count(Status.DOWNLOADED) + self.count(Status.EXISTS)
+
+    @property
+    def unfinished(self) -> int:
+        """How many tasks were found and have come to no end."""
+        return max(0, self.found - self.on_disk - self.count(Status.FAILED))
+
+    @property
+    def latest(self) -> list[Outcome]:
+        """The last outcome of each task: a program may have tried one several times."""
+        last = {outcome.task.key or str(id(outcome)): outcome for outcome in self.outcomes}
+        return list(last.values())
+
+    @property
+    def exit_code(self) -> int:
+        has_fault = any(outcome.fault for outcome in self.outcomes)
+        return 3 if has_fault or self.problems else 0
+
+    def as_json(self, exit_code: int, error: str) -> dict[str, Any]:
+        shown = {*COUNTED, Status.PENDING}
+        videos = [each.as_json() for each in self.outcomes if each.status in shown]
+        others = [each for each in self.outcomes if each.status is Status.NOT_SUCCEEDED]
+        unasked = [each.error for each in self.outcomes if each.status is Status.UNASKED]
+        not_succeeded = [
+            {
+                "task_id": each.task.task_id,
+                "stub": each.task.stub,
+                "runway_status": each.runway_status,
+            }
+            for each in others
+        ]
+        errors = [error, *self.problems, *dict.fromkeys(unasked)]
+        return {
+            "stats": self.stats,
+            "videos": videos,
+            "not_succeeded": not_succeeded,
+            "exit_code": exit_code,
+            "error": "; ".join(filter(None, errors)) or None,
+        }
+
+
+# --- How it all looks ---------------------------------------------------------------------------
+
+
+def outcome_block(outcome: Outcome, number: str) -> list[str]:
+    """Return the block of lines about one task; ``number`` is ``k/N``."""
+    name = printable(outcome.path.name)
     lines = ["", f"  {number} Task {shown_id(outcome.task.task_id)}"]
     if outcome.status is Status.DOWNLOADED:
-        lines += [f"  🎬 Downloading: {name}"]
-        lines += [f"  📥 Streaming download from: {link}"] if link else []
-        lines += [f"  📊 File size: {size}", f"  ✅ Downloaded: {size}"]
-        lines += [f"  📄 Metadata saved: {name.removesuffix('.mp4')}.json"]
-        lines += [f"  ⚠️ Kept, though {outcome.warning}: look at it"] if outcome.warning else []
+        lines.extend(download_lines(outcome, name))
     elif outcome.status is Status.EXISTS:
-        lines += [f"  ⚠️ Already exists: {name}"]
-    return [*lines, *outcome.notes, *([f"  ❌ Failed: {name}: {fault.why}"] if fault else [])]
+        lines.append(f"  ⚠️ Already exists: {name}")
+    elif outcome.status is Status.NOT_SUCCEEDED:
+        lines.append(f"  ℹ️ {runway_says(outcome.runway_status)}")
+    if outcome.warning:
+        lines.append(f"  ⚠️ Kept, though {outcome.warning}: look at it")
+    lines.extend(outcome.notes)
+    if outcome.fault:
+        what = "" if outcome.is_on_disk else f"Failed: {name}: "
+        lines.append(f"  ❌ {what}{outcome.fault.why}")
+    return lines
+
+
+def download_lines(outcome: Outcome, name: str) -> Iterator[str]:
+    size = megabytes(outcome.size_bytes or 0)
+    yield f"  🎬 Downloading: {name}"
+    if outcome.link:
+        yield f"  📥 Streaming download from: {shown_link(outcome.link)}"
+    yield f"  📊 File size: {size}"
+    yield f"  ✅ Downloaded: {size}"
+    yield f"  📄 Metadata saved: {name.removesuffix('.mp4')}.json"
+
+
+MARKS = {
+    Status.DOWNLOADED: "✅",
+    Status.EXISTS: "⚠️",
+    Status.FAILED: "❌",
+    Status.NOT_SUCCEEDED: "ℹ️",
+    Status.UNASKED: "❌",
+}
+
+
+def outcome_line(outcome: Outcome, number: str) -> str:
+    """Return one line about one task of many, with what is worth knowing behind it."""
+    name = printable(outcome.path.name)
+    mark = "❌" if outcome.fault else MARKS[outcome.status]
+    told = [line.strip() for line in outcome.notes]
+    if outcome.warning:
+        told.append(f"⚠️ kept, though {outcome.warning}")
+    if outcome.fault:
+        told.append(outcome.fault.why)
+    if outcome.status is Status.NOT_SUCCEEDED:
+        told.append(runway_says(outcome.runway_status))
+    what = f"({megabytes(outcome.size_bytes or 0)})" if outcome.is_on_disk else ""
+    return "  ".join(filter(None, [f"  {number} {mark} {name} {what}".rstrip(), *told]))
+
+
+def runway_says(status: str) -> str:
+    """Say how far Runway says that a task has come which polling gave up on."""
+    if status in ENDED_STATUSES:
+        return f"Not succeeded: Runway says {status}"
+    if status == UNKNOWN:
+        return "Not succeeded: unknown to Runway"
+    return f"Not finished: Runway says {printable(status)}; run again later"
 
 
 def statistics_lines(stats: Mapping[str, int]) -> list[str]:
     total = stats["total_succeeded"]
     on_disk = stats["downloaded"] + stats["already_exists"]
+    rule = "=" * 60
     lines = [
-        *("", "=" * 60, "📊 DOWNLOAD STATISTICS", "=" * 60),
+        "",
+        rule,
+        "📊 DOWNLOAD STATISTICS",
+        rule,
         f"✅ Total SUCCEEDED tasks found: {total}",
         f"📥 Videos downloaded: {stats['downloaded']}",
         f"⚠️ Already existed: {stats['already_exists']}",
         f"❌ Failed downloads: {stats['failed_downloads']}",
     ]
-    return [*lines, f"📈 Success rate: {1000 * on_disk // total / 10}%"] if total else lines
+    if total:
+        tenths = 1000 * on_disk // total
+        lines.append(f"📈 Success rate: {tenths / 10}%")
+    return lines
 
 
 def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
-    """The videos in ``directory``, those of ``outcomes`` first, and what they take together."""
-    sizes: dict[str, int] = {}
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        files = [each for each in entries if each.name.endswith(".mp4") and each.name[0] != "."]
-        sizes = {each.name: each.stat().st_size for each in files if each.is_file()}
+    """Return the videos in ``directory``, those of this run first, and what they take together."""
+    sizes = video_sizes(directory)
+    if not sizes:
+        return []
     new = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
-    names = dict.fromkeys([*filter(sizes.get, new), *sorted(sizes)])
-    lines = shortened([f"• {printable(n)} ({megabytes(sizes[n])})" for n in names], LISTED)
-    lines = ["", f"📁 Videos in {printable(directory)}:", *(f"  {line}" for line in lines)]
-    return [*lines, "", f"💾 Total storage used: {megabytes(sum(sizes.values()))}"] if names else []
+    names = list(dict.fromkeys([*(name for name in new if name in sizes), *sorted(sizes)]))
+    shown = [f"• {printable(name)} ({megabytes(sizes[name])})" for name in names[:LISTED]]
+    if len(names) > LISTED:
+        shown.append(f"… and {len(names) - LISTED:,} more")
+    total = megabytes(sum(sizes.values()))
+    return [
+        "",
+        f"📁 Videos in {printable(directory)}:",
+        *(f"  {line}" for line in shown),
+        "",
+        f"💾 Total storage used: {total}",
+    ]
+
+
+def video_sizes(directory: Path) -> dict[str, int]:
+    """Return the size of each video in ``directory`` by its name."""
+    sizes = {}
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            is_video = entry.name.endswith(".mp4") and not entry.name.startswith(".")
+            if is_video and entry.is_file():
+                sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """What is wrong, grouped by reason: the reason and the advice once, then the names."""
+    """Return what is wrong, grouped: the reason and the advice once, then the names."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for outcome in outcomes:
-        if fault := outcome.fault:
-            names = groups.setdefault(("❌", f": {fault.reason}", fault.hint), [])
+        fault = outcome.fault
+        if fault:
+            noun = "unfinished task" if outcome.status is Status.UNASKED else "video"
+            names = groups.setdefault((f"❌ {noun}", fault.reason, fault.hint), [])
             names.append(f"{outcome.label}: {fault.detail}" if fault.detail else outcome.label)
         if outcome.warning:
-            said = f" kept, though {outcome.warning}"
-            groups.setdefault(("⚠️", said, "look at it"), []).append(outcome.label)
+            kept = f"kept, though {outcome.warning}"
+            groups.setdefault(("⚠️ video", kept, "look at it"), []).append(outcome.label)
     lines = []
-    for (mark, said, hint), names in groups.items():
-        lines += ["", f"{mark} {counted(len(names))}{said}"]
-        lines += [*(f"    {name}" for name in shortened(names, NAMES_SHOWN)), f"  → {hint}"]
-    bad, total = sum(outcome.fault is not None for outcome in outcomes), len(outcomes)
-    verdict = f"❌ {bad:,} of {total:,} with a problem, {total - bad:,} without"
-    return [*lines, "", verdict] if bad and total > 1 else lines
+    for (kind, reason, hint), names in groups.items():
+        mark, noun = kind.split(" ", 1)
+        lines.append("")
+        lines.append(f"{mark} {counted(len(names), noun)}: {reason}")
+        lines.extend(f"    {name}" for name in shortened(names, NAMES_SHOWN))
+        lines.append(f"  → {hint}")
+    return lines
 
 
-def progress_parts(total: int, done: int, session: Session, elapsed_s: float) -> list[str]:
-    """How far a run of ``total`` tasks is after ``elapsed_s``, the most important part first.
+@dataclass(frozen=True)
+class Verdict:
+    """The last sentence of a run of several tasks, and whether it is bad news."""
 
-    ``done`` of them have an outcome.
-    """
-    active, received = session.active, sum(d.received for d in session.downloads) / BYTES_PER_MB
-    waiting = [f"🔁 {each.waiting}" for each in active if each.waiting]
-    parts = [f"⏬ {done:,}/{total:,}", *waiting[-1:], f"{received:.1f} MB"]
-    partly = sum(each.part.share for each in active)  # in videos, as what follows
-    fetched = partly + sum(d.received > 0 and d.part.file.closed for d in session.downloads)
-    to_do = max(0.0, total - done - partly)
-    if received and fetched > 0 and len(waiting) < len(active):
-        left = timedelta(seconds=round(min(elapsed_s * to_do / fetched, 359_999)))
-        parts += [f"{received / elapsed_s:.1f} MB/s", f"{left} left"]
-    return parts
+    text: str
+    is_bad: bool
+
+
+def verdict(report: Report) -> Verdict | None:
+    """Return the one sentence that is true of the whole run, ``None`` if one task was all."""
+    if report.found < 2:
+        return None
+    outcomes = report.latest
+    bad = sum(outcome.fault is not None and outcome.status in COUNTED for outcome in outcomes)
+    waiting = sum(outcome.is_kept_waiting for outcome in outcomes)
+    if report.unfinished or waiting:
+        return Verdict(stopped_sentence(report, bad, waiting), is_bad=True)
+    on_disk = f"{report.on_disk:,} of {report.found:,} on disk"
+    if bad:
+        some_bad = f"❌ {bad:,} of {report.found:,} with a problem, {report.on_disk:,} on disk"
+        return Verdict(some_bad, is_bad=True)
+    if report.exit_code:
+        return Verdict(f"❌ {on_disk}, but another problem is named above", is_bad=True)
+    return Verdict(f"✅ {on_disk}", is_bad=False)
+
+
+def stopped_sentence(report: Report, bad: int, waiting: int) -> str:
+    """Say how far a run came that was stopped, with ``waiting`` videos not handed over."""
+    told = [f"{report.on_disk:,} on disk"]
+    if bad:
+        told.append(f"{bad:,} with a problem")
+    if report.unfinished:
+        told.append(f"{report.unfinished:,} not finished")
+    if waiting:
+        told.append(f"{waiting:,} not handed over")
+    if report.kept_bytes:
+        told.append(f"{megabytes(report.kept_bytes)} of them kept")
+    return f"⏸ stopped: {', '.join(told)}"
+
+
+# --- The console ---------------------------------------------------------------------------------
+
+TICK_S = 0.25
+SILENCE_S = 30.0
+RATE_WINDOW_S = 5.0
+CONSOLE_ERRORS = (OSError, ValueError, AttributeError, TypeError, LookupError)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: tasks ``done`` of ``total``, bytes received, and what is waited for."""
+
+    done: int
+    total: int
+    bytes_done: int
+    waiting_for: str = ""
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal ``text`` takes; most emoji take two."""
+    return sum(2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text)
+
+
+def fit_columns(text: str, columns: int) -> str:
+    while columns_of(text) > columns:
+        text = text[:-1]
+    return text
+
+
+def terminal_columns(stream: Any) -> int:
+    """Return the width of the terminal behind ``stream``, 0 if it can show no live line."""
+    if os.environ.get("TERM") == "dumb":
+        return 0
+    with contextlib.suppress(*CONSOLE_ERRORS):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 0
 
 
 class Console:
-    """Prints all but the JSON: lines to stdout, what is wrong to stderr, and the live line.
+    """Prints everything: lines to stdout, what is wrong to stderr, and the live line.
 
-    ``quiet`` leaves what is wrong; with ``as_json`` stdout is left to the object. A reader that
+    ``quiet`` leaves what is wrong. With ``as_json``, stdout is left to the object. A reader that
     goes away or an encoding without emoji never breaks the run.
     """
 
-    def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
-        self._quiet, self._as_json, self._printed = quiet, as_json, time.monotonic()
+    def __init__(
+        self,
+        quiet: bool = False,
+        as_json: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._quiet = quiet
+        self._as_json = as_json
+        self._clock = clock
+        self._printed_s = clock()
+        self._is_live = False  # whether the live line is on the screen
+        self._shown = 0
+        self._total = 0
+        self._rates = deque([(clock(), 0)])
 
     def say(self, *lines: str) -> None:
         if not self._quiet:
-            self._write(sys.stderr if self._as_json else sys.stdout, *lines)
+            self._print(sys.stderr if self._as_json else sys.stdout, lines)
 
     def complain(self, *lines: str) -> None:
-        self._write(sys.stderr, *(line for line in lines if line or not self._quiet))
+        """Print what is wrong; empty lines set it off, where there is something else."""
+        self._print(sys.stderr, [line for line in lines if line or not self._quiet])
 
-    def _write(self, stream: Any, *lines: str) -> None:
-        if lines:
-            self.show_progress([])
-            self._printed = time.monotonic()
-            self._put(stream, "\n".join(lines) + "\n")
+    def begin(self, total: int) -> None:
+        """Number the outcomes to come from 1 to ``total``."""
+        self._shown = 0
+        self._total = total
+        self._rates = deque([(self._clock(), 0)])
 
-    def show_progress(self, parts: Sequence[str]) -> None:
-        """Draw the live line, none of no ``parts``; off a terminal break a long silence."""
-        columns = 0
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, LookupError):
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        if columns and not self._quiet:
-            # emoji, two at most, are two columns wide
-            self._put(sys.stderr, "\r\x1b[K" + "  ".join(parts)[: max(0, columns - 3)])
-        elif parts and time.monotonic() - self._printed >= SILENCE_S:
-            self.say("  ".join(parts))
+    def show_outcome(self, outcome: Outcome, is_worth_it: bool = True) -> None:
+        """Print what became of a task, in a block, or in one line if there are many."""
+        self._shown += 1
+        number = f"{self._shown}/{self._total}"
+        if self._total > BLOCKS_SHOWN:
+            is_news = outcome.status is not Status.EXISTS or outcome.notes or outcome.fault
+            if is_worth_it and is_news:
+                self.say(outcome_line(outcome, number))
+        elif is_worth_it:
+            self.say(*outcome_block(outcome, number))
 
-    def _put(self, stream: Any, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, LookupError):
+    def show_summary(
+        self, report: Report, directory: Path, error_lines: Sequence[str] = ()
+    ) -> None:
+        """Print the statistics, the videos there, then what is wrong, and the verdict."""
+        self.say(*statistics_lines(report.stats))
+        self.say(*storage_lines(directory, report.outcomes))
+        self.complain(*failure_lines(report.latest))
+        if error_lines:
+            self.complain("", *(f"❌ {line}" for line in error_lines))
+        end = verdict(report)
+        if end:
+            tell = self.complain if end.is_bad else self.say
+            tell("", end.text)
+
+    def show_progress(self, progress: Progress) -> None:
+        """Draw the live line; off a terminal break a long silence."""
+        if self._quiet:
+            return
+        columns = terminal_columns(sys.stderr)
+        if columns:
+            line = fit_columns("  ".join(self._progress_parts(progress)), columns - 1)
+            self._write(sys.stderr, f"\r\x1b[K{line}", end="")
+            self._is_live = True
+        elif self._clock() - self._printed_s >= SILENCE_S:
+            self.say("  ".join(self._progress_parts(progress)))
+
+    def _progress_parts(self, progress: Progress) -> list[str]:
+        parts = [f"⏬ {progress.done:,}/{progress.total:,}"]
+        if progress.bytes_done:
+            parts.append(f"{progress.bytes_done / BYTES_PER_MB:.1f} MB")
+        rate = self._bytes_per_second(progress.bytes_done)
+        if rate:
+            parts.append(f"{rate / BYTES_PER_MB:.1f} MB/s")
+        if progress.waiting_for:
+            parts.append(f"⏳ {printable(progress.waiting_for)}")
+        return parts
+
+    def _bytes_per_second(self, bytes_done: int) -> float:
+        """Return the rate of the last seconds."""
+        now_s = self._clock()
+        self._rates.append((now_s, bytes_done))
+        while now_s - self._rates[0][0] > RATE_WINDOW_S:
+            self._rates.popleft()
+        first_s, first_bytes = self._rates[0]
+        return (bytes_done - first_bytes) / (now_s - first_s) if now_s > first_s else 0.0
+
+    def clear_line(self) -> None:
+        if self._is_live:
+            self._write(sys.stderr, "\r\x1b[K", end="")
+            self._is_live = False
+
+    def _print(self, stream: Any, lines: Iterable[str]) -> None:
+        text = "\n".join(lines)
+        if text:
+            self.clear_line()
+            self._printed_s = self._clock()
+            self._write(stream, text, end="\n")
+
+    def _write(self, stream: Any, text: str, end: str) -> None:
+        with contextlib.suppress(*CONSOLE_ERRORS):
             encoding = getattr(stream, "encoding", None) or "utf-8"
-            stream.write(text.encode(encoding, "replace").decode(encoding))
-            stream.flush()
+            shown = text.encode(encoding, "replace").decode(encoding)
+            print(shown, end=end, file=stream, flush=True)
 
 
-# --- The run: work in parallel, report as it ends ---------------------------------------------
+# --- The run: many downloads in parallel --------------------------------------------------------
+
+STOP_GRACE_S = 1.0
+STOOD_STILL_S = 1.0  # nothing but a program that stood still leaves the leader waiting so long
+OPEN_FILES_KEPT = 16  # for the program itself
+OPEN_FILES_PER_WORKER = 6  # connection, part, metadata, what a command needs
 
 
-def read_tasks(paths: Sequence[Path], console: Console) -> tuple[list[Task], list[str]]:
-    """The tasks of results files, latest first, each once; and what kept files from use."""
-    found, errors = list[Task](), list[str]()
-    for path in paths:
-        console.say("", f"📋 Processing: {printable(path.name)}")
-        try:
-            tasks, others, wrong = read_rows(read_results(path))
-        except JobError as error:
-            errors.append(str(error))
-            continue
-        found += tasks
-        console.say(f"  ✅ Found {len(tasks)} SUCCEEDED tasks", *others)
-        lines = [f"  ⚠️ {printable(path.name)}, {each}" for each in wrong]
-        console.complain(*shortened(lines, NAMES_SHOWN))
-    return merge_tasks(found), errors
+def affordable_workers(wanted: int) -> int:
+    """Return ``wanted``, or fewer if the limit of open files takes no more."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        limit = os.sysconf("SC_OPEN_MAX")
+        if limit > 0:
+            wanted = min(wanted, (limit - OPEN_FILES_KEPT) // OPEN_FILES_PER_WORKER)
+    return max(1, wanted)
 
 
-class WorkerPool:
-    """Worker threads that do one job each from start to end, led by the thread that made them.
+def try_for(seconds: float, work: Callable[[], None]) -> None:
+    """Do ``work`` in a thread of its own, and wait for it no longer than ``seconds``.
 
-    They are daemons: no exit waits for one that waits for a server. Jobs in other hands, whose
-    tasks' keys are in ``held``, are tried again until they are done. Fewer threads than asked
-    for, or none, will do.
+    A mount that has fallen silent must not keep the run from ending.
+    """
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the system gives no more threads
+        work()
+    else:
+        thread.join(seconds)
+
+
+Result = tuple[Download, "Outcome | DownloaderError"]
+
+
+class Workers:
+    """Threads that make one attempt each at the downloads they are given.
+
+    They are daemons: no exit waits for one that waits for a server. Where the system gives no
+    thread at all, the caller's own does the work.
     """
 
-    def __init__(self, session: Session, jobs: Sequence[Plan], workers: int) -> None:
-        self.left, self.held, self._session, self._threads = len(jobs), set[str](), session, 0
-        self._todo, self._done = deque(jobs), SimpleQueue[Outcome | DownloaderError]()
-        with contextlib.suppress(RuntimeError):  # the system gives no more
-            while self._threads < min(workers, self.left):
-                threading.Thread(target=self._run_jobs, daemon=True).start()
+    def __init__(self, limit: int, tools: Tools) -> None:
+        self._limit = limit
+        self._tools = tools
+        self._threads = 0
+        self._todo: SimpleQueue[Download | None] = SimpleQueue()
+        self._has_news = threading.Event()
+        self.done: deque[Result] = deque()  # attempts that have ended, for the leader to take
+
+    def start(self, download: Download) -> None:
+        if self._threads < self._limit:
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._run, daemon=True).start()
                 self._threads += 1
+        if self._threads:
+            self._todo.put(download)
+        else:
+            self._make_attempt(download)
 
-    def results(self, until: float = math.inf) -> Iterator[Outcome | DownloaderError | None]:
-        """What became of each job, as they end; ``None`` a few times a second in between."""
-        ticked = NEVER
-        while self.left and (now := time.monotonic()) < until:
-            if now - ticked >= TICK_S:
-                ticked = now
-                yield None
-            if not self._threads:
-                self._run_jobs()
-            with contextlib.suppress(Empty):
-                result = self._done.get(timeout=TICK_S)
-                self.left -= 1
-                yield result
+    def wait(self, timeout_s: float) -> None:
+        """Wait until an attempt has ended, but no longer than ``timeout_s``."""
+        self._has_news.wait(timeout_s)
+        self._has_news.clear()
 
-    def _run_jobs(self) -> None:
-        with contextlib.suppress(IndexError):  # no job is left but what other threads will end
-            while True:
-                job = self._todo.popleft()
-                if isinstance(result := self._run_job(job), InOtherHands):
-                    self.held.add(job.task.key)
-                    self._todo.append(job)
-                    self._session.stop.wait(TICK_S)
-                else:
-                    self.held.discard(job.task.key)
-                    self._done.put(result)
+    def replace_one(self) -> None:
+        """Allow for one more thread: one is stuck."""
+        self._limit += 1
 
-    def _run_job(self, job: Plan) -> Outcome | DownloaderError:
+    def end(self) -> None:
+        for _ in range(self._threads):
+            self._todo.put(None)
+
+    def _run(self) -> None:
+        while download := self._todo.get():
+            self._make_attempt(download)
+
+    def _make_attempt(self, download: Download) -> None:
+        self.done.append((download, self._attempt(download)))
+        self._has_news.set()
+
+    def _attempt(self, download: Download) -> Outcome | DownloaderError:
         try:
-            self._session.wait(0)
-            return Download(job, self._session).run()
+            outcome = download.bring()
+            download.watch.pause("commands of --exec")
+            return hand_over(outcome, self._tools)
         except DownloaderError as error:
             return error
         except Exception as error:  # or this thread would end, and the run wait for ever
             reason = f"unexpected {type(error).__name__}: {printable(error)}"
-            fault = TaskError(reason, "please report it")
-            return Outcome(job.task, Status.FAILED, job.path, fault=fault)
+            return download.failed(Fault(reason, "please report it"))
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, order=True)
+class Waiting:
+    """A download whose next attempt is due at ``due_s`` on the monotonic clock."""
+
+    due_s: float
+    number: int
+    download: Download = field(compare=False)
+    later: Later = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Whom a run tells: of each outcome, of bytes received and what it waits for, and lines."""
+
+    on_outcome: Callable[[Outcome], None]
+    on_progress: Callable[[int, str], None]
+    say: Callable[..., None]
+
+
+class Run:
+    """Leads one run: starts attempts, waits for all that wait, and reports.
+
+    Nothing waits but the thread that leads. A download that is asked to slow down keeps its place
+    among the workers, so that the server is not asked by more and more. One that another run has
+    in hand comes last.
+    """
+
+    def __init__(self, tools: Tools, workers: int, listener: Listener) -> None:
+        self._tools = tools
+        self._listener = listener
+        self._slots = affordable_workers(workers)
+        self._workers = Workers(self._slots, tools)
+        self._plans: deque[Plan] = deque()
+        self._running: list[Download] = []
+        self._backing_off: list[Waiting] = []  # a heap
+        self._elsewhere: list[Waiting] = []  # a heap: in another run's hands
+        self._received_bytes = 0  # of downloads that have ended
+        self._has_said_to_wait = False
+
+    def work(self, plans: Iterable[Plan]) -> None:
+        """Carry out ``plans``; raises `JobError` when the run cannot go on."""
+        self._plans.extend(plans)
+        ticked_s = time.monotonic() - TICK_S
+        try:
+            while self._is_at_work() and not self._tools.stop.is_set():
+                self._start_what_is_due()
+                self._workers.wait(self._patience_s())
+                self._take_results()
+                since_s = time.monotonic() - ticked_s
+                if since_s >= TICK_S:
+                    ticked_s += since_s
+                    self._tick(ticked_s, since_s)
+        finally:
+            self._tools.stop.set()
+            self._wind_up()
+
+    def _tick(self, now_s: float, since_s: float) -> None:
+        """Look after the downloads, ``since_s`` seconds after the last time."""
+        if since_s > STOOD_STILL_S:
+            for download in self._running:
+                download.watch.excuse(since_s)
+        self._give_up_what_hangs(now_s)
+        self._listener.on_progress(self._bytes(), self._waiting_for())
+        self._say_to_wait()
+
+    def _is_at_work(self) -> bool:
+        return bool(self._plans or self._running or self._backing_off or self._elsewhere)
+
+    def _start_what_is_due(self) -> None:
+        now_s = time.monotonic()
+        while self._backing_off and self._backing_off[0].due_s <= now_s:
+            self._start(heapq.heappop(self._backing_off).download)
+        while self._free_slots() > 0 and self._plans:
+            self._start(Download(self._plans.popleft(), self._tools))
+        while self._free_slots() > 0 and self._elsewhere and self._elsewhere[0].due_s <= now_s:
+            self._start(heapq.heappop(self._elsewhere).download)
+
+    def _free_slots(self) -> int:
+        under_pressure = sum(each.later.is_pressure for each in self._backing_off)
+        return self._slots - len(self._running) - under_pressure
+
+    def _start(self, download: Download) -> None:
+        self._running.append(download)
+        self._workers.start(download)
+
+    def _patience_s(self) -> float:
+        """Return how long to wait for a result: until the next attempt is due, or a tick."""
+        due = [heap[0].due_s for heap in (self._backing_off, self._elsewhere) if heap]
+        return max(0.0, min([TICK_S, *(each - time.monotonic() for each in due)]))
+
+    def _take_results(self) -> None:
+        """Take the attempts that have ended; Ctrl-C at any moment loses none of them."""
+        done = self._workers.done
+        while done:
+            download, result = done[0]
+            if download in self._running:  # else it was given up before
+                self._take(download, result)
+                self._running.remove(download)
+            done.popleft()
+
+    def _take(self, download: Download, result: Outcome | DownloaderError) -> None:
+        if isinstance(result, Later):
+            heap = self._elsewhere if result.is_in_other_hands else self._backing_off
+            due_s = time.monotonic() + result.wait_s
+            heapq.heappush(heap, Waiting(due_s, id(download), download, result))
+        elif isinstance(result, JobError):
+            self._running.remove(download)
+            raise result
+        elif isinstance(result, Outcome):
+            self._received_bytes += download.watch.received_bytes
+            self._listener.on_outcome(result)
+
+    def _give_up_what_hangs(self, now_s: float) -> None:
+        for download in [each for each in self._running if each.watch.is_hung(now_s)]:
+            self._running.remove(download)
+            self._workers.replace_one()
+            fault = download.watch.give_up()
+            try_for(STOP_GRACE_S, download.let_go)
+            self._listener.on_outcome(download.failed(fault))
+
+    def _wind_up(self) -> None:
+        """Take what ends within a moment, and let go of the parts of what does not."""
+        until_s = time.monotonic() + STOP_GRACE_S
+        while self._running and time.monotonic() < until_s:
+            with contextlib.suppress(JobError):  # one has ended the run already
+                self._take_results()
+                self._workers.wait(TICK_S)
+        try_for(STOP_GRACE_S, self._let_go_of_all)
+        self._workers.end()
+
+    def _let_go_of_all(self) -> None:
+        for download in self._running:
+            download.let_go()
+
+    # What is said of it meanwhile
+
+    def _is_waiting_for_others(self) -> bool:
+        return bool(self._elsewhere) and not (self._plans or self._running or self._backing_off)
+
+    def _say_to_wait(self) -> None:
+        if self._is_waiting_for_others() and not self._has_said_to_wait:
+            self._has_said_to_wait = True
+            self._listener.say("", f"⏳ Waiting for {self._waiting_for()}")
+
+    def _bytes(self) -> int:
+        waiting = [each.download for each in (*self._backing_off, *self._elsewhere)]
+        under_way = [*self._running, *waiting]
+        return self._received_bytes + sum(each.watch.received_bytes for each in under_way)
+
+    def _waiting_for(self) -> str:
+        """Say what keeps the run: the last try again, another run, commands, or one slow video."""
+        if self._backing_off:
+            return f"trying again: {self._backing_off[0].later.why}"
+        if self._is_waiting_for_others():
+            return f"{counted(len(self._elsewhere))} that another run has in hand"
+        paused = [each.watch.paused_for for each in self._running if each.watch.paused_for]
+        if paused and not self._plans:
+            return paused[0]
+        if len(self._running) == 1 and not self._plans:
+            return self._running[0].plan.path.name
+        return ""
+
+
+# --- Reading the tasks of results files ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What results files hold: the tasks to bring home, each once, and the files' ``errors``.
+
+    ``unasked`` are those that polling gave up on lately, about which Runway could be asked with
+    the key. ``chosen`` counts the rows that the command line chose, whatever became of them.
+    """
+
+    tasks: list[Task]
+    unasked: list[Task]
+    errors: list[str]
+    chosen: int
+
+
+def read_tasks(
+    paths: Sequence[Path],
+    console: Console,
+    name_row: Callable[[Object], str] = wanted_stub,
+    choice: Choice = Choice(),
+) -> Found:
+    """Read results files, latest first, and tell what is in them.
+
+    Tasks that polling gave up on are among those found if Runway is to be asked about them.
+    """
+    found: list[Task] = []
+    recent_keys: set[str] = set()
+    errors = []
+    for path in paths:
+        saved_s = parse_time(saved_at(path).isoformat()) or time.time()
+        try:
+            chosen = read_file(path, saved_s, console, name_row, choice)
+        except JobError as error:
+            errors.append(str(error))
+            continue
+        found.extend(chosen)
+        if time.time() - saved_s < WARNED_FOR_S:
+            recent_keys.update(task.key for task in chosen)
+    merged = merge_tasks(found)
+    tell_of_passed_over(merged, console)
+    tasks = [task for task in merged if is_brought_home(task)]
+    unasked = []
+    if not api_key():
+        unfinished = [task for task in merged if task.state is State.UNFINISHED]
+        unasked = [task for task in unfinished if task.key in recent_keys]
+    return Found(tasks, unasked, errors, len(found))
+
+
+def read_file(
+    path: Path,
+    saved_s: float,
+    console: Console,
+    name_row: Callable[[Object], str],
+    choice: Choice,
+) -> list[Task]:
+    """Return the chosen tasks of one results file, and tell of it; raises `JobError`."""
+    name = "standard input" if path == STANDARD_INPUT else printable(path.name)
+    console.say("", f"📋 Processing: {name}")
+    rows = read_rows(read_results(path), name_row, saved_s)
+    chosen = [task for task in rows.tasks if choice.takes(task)]
+    tell_of_rows(chosen, len(rows.tasks) - len(chosen), console)
+    lines = [f"  ⚠️ {name}, {each}" for each in rows.wrong]
+    console.complain(*shortened(lines, NAMES_SHOWN))
+    return chosen
+
+
+def tell_of_passed_over(tasks: Iterable[Task], console: Console) -> None:
+    told = filter(None, map(passed_over_link, tasks))
+    console.complain(*shortened([f"  ⚠️ {each}" for each in told], NAMES_SHOWN))
+
+
+def tell_of_rows(tasks: Sequence[Task], left_out: int, console: Console) -> None:
+    """Say how many rows of one file SUCCEEDED, and what is done about the others."""
+    states = Counter(task.state for task in tasks)
+    asked = sum(is_brought_home(task) for task in tasks) - states[State.SUCCEEDED]
+    old = states[State.UNFINISHED] - asked if api_key() else 0
+    ended = Counter(row_status(task.row) for task in tasks if task.state is State.ENDED)
+    told = [f"{count:,} {status}" for status, count in ended.items()]
+    if states[State.UNFINISHED] > asked:
+        told.append(f"{states[State.UNFINISHED] - asked:,} not finished when polling ended")
+    console.say(f"  ✅ Found {states[State.SUCCEEDED]} SUCCEEDED tasks")
+    if asked:
+        console.say(f"  🔎 Runway is asked about {asked:,} that polling gave up on")
+    if old:
+        console.say(f"  ℹ️ Not asked about, as submitted more than 7 days ago: {old:,}")
+    if told:
+        console.say(f"  ℹ️ Not downloaded: {', '.join(told)}")
+    if left_out:
+        console.say(f"  ℹ️ Left out, as not chosen: {left_out:,}")
+
+
+def warn_of_unasked(tasks: Sequence[Task], directory: Path, console: Console) -> None:
+    """Say that the key would have Runway asked about tasks whose videos are not there."""
+    if not tasks:
+        return
+    plans = plan_all(tasks, Index.scan(directory))
+    missing = sum(plan.action is not Action.KEEP for plan in plans)
+    if missing:
+        count = counted(missing, "task")
+        advice = "set RUNWAYML_API_SECRET and run again, and Runway is asked about them"
+        console.complain(f"  ⚠️ {count} not finished when polling ended: {advice}")
+
+
+# --- VideoDownloader: the door for programs -----------------------------------------------------
+
+INDEX_KEPT_S = 30.0
+UNPICKLED = (
+    *("on_outcome", "on_progress", "_console", "_report"),
+    *("_index", "_tls_context", "_stop", "_turn"),
+)
+
+
 class VideoDownloader:
     """Downloads the SUCCEEDED videos of polling results into one directory.
 
     A caller may rely on this:
 
     - No method raises for bad input, a bad task or a full disk: the fault is printed and
-      counted. The constructor raises `JobError` for a directory that cannot be made.
-    - A video is under its final name only when it is whole, synced and has its metadata. No
-      finished video is overwritten or moved. Other runs on the same directory share the work.
-    - ``on_outcome`` is called once per finished task, in the thread that called the method,
-      with an `Outcome` (``task``, ``status``, ``path``, ``size_bytes``, ``error``).
+      counted. The constructor makes ``output_dir``; it raises `JobError` if it cannot, and
+      TypeError or ValueError for settings that make no sense.
+    - A video is under its final name only when it is whole, has reached the disk and has its
+      metadata. No finished video is overwritten or moved. Other runs on the same directory share
+      the work.
+    - ``on_outcome`` is called once per finished task with an `Outcome`, ``on_progress`` a few
+      times a second with a `Progress`, both in the thread that called the method. What they
+      raise is printed, and the run goes on.
     - Methods may be called from several threads; they take turns. Ctrl-C raises
-      KeyboardInterrupt as ever, and leaves part files that the next run resumes.
+      KeyboardInterrupt as ever, and `stop` ends the current call without an exception; the next
+      run resumes what they leave.
+    - It can be pickled. The copy has the settings and the absolute directory, counts of its own
+      and no callbacks, and looks at the directory at its first call.
     """
 
-    output_dir: str | Path = DEFAULT_OUTPUT_DIR
-    _: KW_ONLY
-    workers: int = 32
-    timeout: float = 30.0
-    retries: int = 3
-    quiet: bool = False
-    on_outcome: Callable[[Outcome], None] | None = None
-    command: Sequence[str] = ()
-    console: Console | None = field(default=None, repr=False)
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str] = DEFAULT_OUTPUT_DIR,
+        *,
+        workers: int = DEFAULT_WORKERS,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
+        quiet: bool = False,
+        commands: Sequence[str | Sequence[str]] = (),
+        on_outcome: Callable[[Outcome], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        console: Console | None = None,
+        report: Report | None = None,
+    ) -> None:
+        if isinstance(commands, str):
+            raise TypeError("commands is a list of commands, each a text or a list of words")
+        self.output_dir = Path(output_dir)
+        self.workers = check_setting("workers", workers, 1, MAX_WORKERS)
+        self.timeout = check_setting("timeout", timeout, 0.001, DAY_S)
+        self.retries = check_setting("retries", retries, 0, 1000)
+        self.quiet = quiet
+        self.commands = tuple(Command.parse(each) for each in commands)
+        self.on_outcome = on_outcome
+        self.on_progress = on_progress
+        self._start_afresh(console or Console(quiet), report or Report())
+        self._check_directory()
 
-    def __post_init__(self) -> None:
-        """Make ``output_dir``; raises `JobError` if it cannot be made or written."""
-        self.stats, self.outcomes = count_outcomes(), list[Outcome]()
-        self.output_dir = self._directory = Path(self.output_dir)
-        self._console = self.console or Console(self.quiet)
+    def _start_afresh(self, console: Console, report: Report) -> None:
+        self._console = console
+        self._report = report
+        self._index: Index | None = None
+        self._tls_context: ssl.SSLContext | None = None  # loading the CA bundle takes a while
+        self._stop: threading.Event | None = None  # of the call that is under way
         self._turn = threading.RLock()
-        self._adapters: dict[int, SharedContextAdapter] = {}  # by process: it alone may use them
-        try:
-            with contextlib.suppress(FileExistsError):  # if that is a file, the next line says so
-                self._directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self._directory).close()
-        except (OSError, ValueError) as error:
-            raise directory_error(self._directory, error) from None
+        self._is_checked = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name not in UNPICKLED}
+        return {**state, "output_dir": self.output_dir.absolute()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.on_outcome = None
+        self.on_progress = None
+        self._start_afresh(Console(self.quiet), Report())
 
     # What the orchestrator calls
 
+    @property
+    def stats(self) -> dict[str, int]:
+        return self._report.stats
+
     def find_all_polling_results(self, directory: str | Path = ".") -> list[Path]:
-        """The results files in ``directory``, its ``video_outputs`` and the output directory."""
-        return find_results_files([directory, Path(directory, DEFAULT_OUTPUT_DIR), self._directory])
+        """Return the results files in ``directory``, its ``video_outputs`` and the output
+        directory, latest first."""
+        places = [directory, Path(directory, DEFAULT_OUTPUT_DIR), self.output_dir]
+        return find_results_files(places)
 
     def load_polling_results(self, path: str | Path) -> dict[str, Any]:
-        """The object in results file ``path``; ``{}`` and a printed line when there is none."""
+        """Return the object in results file ``path``; print why and return ``{}`` if it cannot."""
         try:
             return read_results(Path(path))
         except JobError as error:
@@ -1775,287 +3964,638 @@ class VideoDownloader:
             return {}
 
     def get_succeeded_tasks(self, results: Object) -> list[Object]:
-        """The raw rows, in order, that SUCCEEDED and have a usable ``video_url``.
+        """Return the raw rows, in order, that SUCCEEDED and have a usable ``video_url``.
 
-        With ``RUNWAYML_API_SECRET`` set also those without, as Runway can be asked for one. Names
-        on stderr what is left out.
+        With ``RUNWAYML_API_SECRET`` set also those without, and those that polling gave up on, as
+        Runway can be asked about them. Names on stderr what is left out.
         """
-        tasks, _, wrong = read_rows(as_object(results))
-        lost = [task for task in tasks if not (task.link or api_secret())]
-        wrong += [f"task {shown_id(task.task_id)}: {NO_LINK}: left out" for task in lost]
+        rows = read_rows(as_object(results), self.generate_filename_stub, time.time())
+        passed_over = filter(None, map(passed_over_link, rows.tasks))
+        wrong = [*rows.wrong, *passed_over]
+        chosen = []
+        for task in rows.tasks:
+            is_finished = task.state is State.SUCCEEDED
+            is_asked_about = bool(api_key()) and task.is_asked_about(time.time())
+            if (is_finished and (task.link or api_key())) or is_asked_about:
+                chosen.append(task.row)
+            elif is_finished:
+                wrong.append(f"task {shown_id(task.task_id)}: {NO_LINK}: left out")
         self._console.complain(*shortened([f"⚠️ {each}" for each in wrong], NAMES_SHOWN))
-        return [task.row for task in tasks if task.link or api_secret()]
+        return chosen
 
     def generate_filename_stub(self, task: Object) -> str:
-        """The name that row ``task`` asks for, made safe, without suffix."""
-        return task_from_row(as_object(task)).stub
+        """Return the name that row ``task`` asks for, made safe, without suffix.
+
+        A subclass may override this to name the videos.
+        """
+        return wanted_stub(as_object(task))
 
     def process_succeeded_task(self, task: Object) -> bool:
-        """Bring the video of row ``task`` to disk; whether it is there, new or before."""
-        return self._run_safely([task_from_row(as_object(task))]) == 1
+        """Bring the video of row ``task`` to disk; return whether it is there, new or before."""
+        row = as_object(task)
+        read = task_from_row(row, self.generate_filename_stub(row))
+        is_under_way = row_status(row) in ("RUNNING", "THROTTLED")
+        if read.state in (State.UNFINISHED, State.UNKNOWN) and read.link and not is_under_way:
+            read = read.succeeded(read.link)  # the caller says so, and there is a link
+        reason = why_not_processed(read)
+        if reason:
+            self._console.complain(f"❌ task {shown_id(read.task_id)}: {reason}")
+            return False
+        before = len(self._report.outcomes)
+        on_disk = self._run_safely([read])
+        for outcome in self._report.outcomes[before:]:
+            if outcome.fault:
+                self._console.complain(f"❌ {outcome.label}: {outcome.error}")
+            elif outcome.status is Status.NOT_SUCCEEDED:
+                self._console.complain(f"❌ {outcome.label}: {runway_says(outcome.runway_status)}")
+        return on_disk == 1
 
     def process_polling_results_file(self, path: str | Path) -> int:
-        """Bring all videos of results file ``path`` to disk; how many are there now."""
-        tasks, errors = read_tasks([Path(path)], self._console)
-        self._console.complain(*(f"❌ {error}" for error in errors))
-        return self._run_safely(tasks)
+        """Bring all videos of results file ``path`` to disk; return how many are there now."""
+        with self._call():
+            found = read_tasks([Path(path)], self._console, self.generate_filename_stub)
+            self._console.complain(*(f"❌ {error}" for error in found.errors))
+            warn_of_unasked(found.unasked, self.output_dir, self._console)
+            self._index = None
+            return self._run_safely(found.tasks)
 
     def create_metadata_json(
         self, task: Object, video_path: str | Path, metadata_path: str | Path
     ) -> bool:
-        """Write the metadata of row ``task`` and the video on disk; whether it worked."""
-        checked, video = task_from_row(as_object(task)), Path(video_path)
+        """Write the metadata of row ``task`` and the video on disk; return whether it worked."""
+        read = task_from_row(as_object(task))
+        video = Path(video_path)
         try:
-            with disk_errors(f"describe {printable(video)}"), open(video, "rb") as file:
-                put_metadata(Path(metadata_path), checked, video.name, file_info(file))
+            with disk_errors(f"describe {printable(video)}"):
+                info = describe_file(video)
+                put_metadata(Path(metadata_path), read, video.name, info, self._hidden())
         except (DownloaderError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             self._console.complain(f"❌ {printable(metadata_path)}: {printable(reason)}")
             return False
+        finally:
+            self._hidden().clean(set())
         return True
 
     def print_final_stats(self) -> None:
         """Print the summary of everything done so far, the videos there, and what failed."""
-        self._console.say(*statistics_lines(self.stats))
-        self._console.say(*storage_lines(self._directory, self.outcomes))
-        last = {each.task.key or id(each): each for each in self.outcomes}
-        self._console.complain(*failure_lines([*last.values()]))
+        self._console.show_summary(self._report, self.output_dir)
+
+    def stop(self) -> None:
+        """End the current call, from another thread, as Ctrl-C would, without an exception."""
+        stop = self._stop
+        if stop:
+            stop.set()
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[threading.Event]:
+        """Wait for our turn, and make the call one that `stop` ends; calls may be nested."""
+        with self._turn:
+            before = self._stop
+            self._stop = before or threading.Event()
+            try:
+                yield self._stop
+            finally:
+                self._stop = before
 
     # The run
 
     def _run_safely(self, tasks: Sequence[Task]) -> int:
-        with self._turn:
-            try:
-                return self.run(tasks)
-            except JobError as error:
-                self._console.complain(f"❌ {error}")
-                new = self.outcomes[self._before :]
-                self.stats["failed_downloads"] += len(tasks) - len(new)
-                return sum(each.status is not Status.FAILED for each in new)
+        before = len(self._report.outcomes)
+        try:
+            return self.run(tasks)
+        except JobError as error:
+            self._console.complain(f"❌ {error}")
+            return sum(each.is_on_disk for each in self._report.outcomes[before:])
 
     def run(self, tasks: Sequence[Task]) -> int:
-        """Bring ``tasks`` to disk; how many are there. Raises `JobError`, KeyboardInterrupt."""
-        self.stats["total_succeeded"] += len(tasks)
-        self._total, self._before = len(tasks), len(self.outcomes)
-        index, jobs = Index.scan(self._directory), list[Plan]()
-        for plan in plan_all(tasks, index):
-            is_due = self.command and is_waiting(plan.path.with_suffix(".json"))
-            if plan.action is not Action.KEEP or is_due:
+        """Bring ``tasks`` to disk; return how many are there now.
+
+        Raises `JobError` when the run cannot go on, and KeyboardInterrupt.
+        """
+        with self._call() as stop:
+            self._check_directory()
+            before = len(self._report.outcomes)
+            self._report.begin(tasks)
+            self._console.begin(len(tasks))
+            index = self._current_index()
+            jobs = self._settle_what_is_there(plan_all(tasks, index))
+            hidden = self._hidden()
+            try:
+                if jobs:
+                    self._work(jobs, index, hidden, len(tasks), stop)
+            finally:
+                self._tidy(tasks, index, hidden, before)
+            return sum(each.is_on_disk for each in self._report.outcomes[before:])
+
+    def _settle_what_is_there(self, plans: Sequence[Plan]) -> list[Plan]:
+        """Report the videos that are there, and return the plans for which there is work."""
+        jobs = []
+        settled = 0
+        for plan in plans:
+            if plan.action is not Action.KEEP or commands_due(plan.path, self.commands):
                 jobs.append(plan)
-            else:
-                outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
-                self._record(outcome, len(self.outcomes) - self._before < EXISTING_SHOWN)
-        if (more := len(tasks) - len(jobs) - EXISTING_SHOWN) > 0:
-            self._console.say("", f"  ⚠️ … and {more:,} more that already exist")
-        if jobs:
-            self._work(sorted(jobs, key=lambda job: link_expiry(job.task.link)), index)
-        failed = count_outcomes(self.outcomes[self._before :])["failed_downloads"]
-        if not failed:
-            sweep(self._directory, tasks)
-        return len(tasks) - failed
+                continue
+            settled += 1
+            outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
+            self._record(outcome, is_shown=settled <= EXISTING_SHOWN)
+        if len(plans) > BLOCKS_SHOWN and settled:
+            self._console.say("", f"  ⚠️ {counted(settled)} already there")
+        elif settled > EXISTING_SHOWN:
+            more = counted(settled - EXISTING_SHOWN, "more video")
+            self._console.say("", f"  ⚠️ {more} already there")
+        downloads_first = (Action.KEEP, Action.ADOPT)
+        return sorted(
+            jobs, key=lambda job: (job.action in downloads_first, link_expiry(job.task.link))
+        )
 
-    def _work(self, jobs: Sequence[Plan], index: Index) -> None:
+    def _work(
+        self,
+        jobs: Sequence[Plan],
+        index: Index,
+        hidden: HiddenFiles,
+        total: int,
+        stop: threading.Event,
+    ) -> None:
         """Carry ``jobs`` out in worker threads; report each in this one."""
-        if (process := os.getpid()) not in self._adapters:  # a fork copies open connections
-            self._adapters = {process: SharedContextAdapter(self.workers, self.workers)}
-        adapter = self._adapters[process]
-        session = Session(index, adapter, self.timeout, self.retries, self.command)
-        try:
-            self._lead(WorkerPool(session, jobs, self.workers), session)
-        except JobError:  # make room
-            sweep(self._directory, [job.task for job in jobs])
-            raise
+        workers = min(self.workers, len(jobs))
+        self._tls_context = self._tls_context or make_tls_context()
+        client = HttpClient(self._tls_context, self.timeout, workers)
+        tools = Tools(
+            index=index,
+            hidden=hidden,
+            client=client,
+            runway=Runway(client),
+            timeout_s=self.timeout,
+            retries=self.retries,
+            commands=self.commands,
+            stop=stop,
+        )
+        done_before = len(self._report.outcomes) - (total - len(jobs))
 
-    def _lead(self, pool: WorkerPool, session: Session) -> None:
-        """Report what the ``pool`` does; have it end soon if anything is wrong."""
-        started, told = time.monotonic(), False
+        def show_progress(bytes_done: int, waiting_for: str) -> None:
+            done = len(self._report.outcomes) - done_before
+            self._show_progress(Progress(done, total, bytes_done, waiting_for))
+
+        run = Run(tools, workers, Listener(self._record, show_progress, self._console.say))
         try:
-            for result in pool.results():
-                if isinstance(result, JobError):
-                    raise result
-                if isinstance(result, Outcome):
-                    self._record(result)
-                    continue
-                done, elapsed_s = len(self.outcomes) - self._before, time.monotonic() - started
-                parts = progress_parts(self._total, done, session, elapsed_s)
-                if pool.left == len(pool.held) and not session.active:
-                    waiting = f"⏳ Waiting for {counted(pool.left)} that another run has in hand"
-                    self._console.say(*([] if told else ["", waiting]))
-                    parts, told = [parts[0], waiting], True
-                self._console.show_progress(parts)
+            run.work(jobs)
+        except DiskFull as error:
+            hidden.remove_all_of(job.task.file_key for job in jobs)
+            raise no_space_left(self.output_dir, error) from None
         finally:
-            session.stop.set()
-            for result in pool.results(time.monotonic() + STOP_GRACE_S):
-                if isinstance(result, Outcome):
-                    self._record(result)
-            for each in session.active:  # whose threads wait for a server
-                with contextlib.suppress(ValueError):  # it is just letting go
-                    each.part.release()
-            self._console.show_progress([])
-            sync(self._directory)  # the names
+            self._console.clear_line()
+            self._report_kept_waiting(jobs)
+
+    def _report_kept_waiting(self, jobs: Iterable[Plan]) -> None:
+        """Report the videos that are there, but that a stop has kept from being handed over."""
+        reported = {outcome.task.key for outcome in self._report.outcomes}
+        for job in jobs:
+            if job.action is Action.KEEP and job.task.key not in reported:
+                there = Outcome(job.task, Status.EXISTS, job.path, job.size_bytes)
+                self._record(replace(there, is_kept_waiting=True), is_shown=False)
+
+    def _tidy(self, tasks: Sequence[Task], index: Index, hidden: HiddenFiles, before: int) -> None:
+        """Remove hidden files that nobody needs, and have the names reach the disk."""
+        new = self._report.outcomes[before:]
+        done = {each.task.file_key for each in new if each.is_on_disk}
+        left = {task.file_key for task in tasks} - {each.task.file_key for each in new}
+
+        def tidy() -> None:
+            hidden.clean(done, index.hidden)
+            self._report.kept_bytes = hidden.kept_bytes(left)
+            with contextlib.suppress(OSError):
+                sync_path(self.output_dir)
+
+        try_for(STOP_GRACE_S if left else self.timeout, tidy)
 
     def _record(self, outcome: Outcome, is_shown: bool = True) -> None:
-        """Print and count ``outcome``, and tell the caller."""
-        self.outcomes.append(outcome)
-        self.stats[STATISTICS[outcome.status]] += 1
-        if is_shown:
-            number = f"{len(self.outcomes) - self._before}/{self._total}"
-            self._console.say(*outcome_lines(outcome, number))
+        """Count ``outcome``, print it, and tell the caller."""
+        self._report.record(outcome)
+        self._console.show_outcome(outcome, is_shown)
+        self._call_back("on_outcome", self.on_outcome, outcome)
+
+    def _show_progress(self, progress: Progress) -> None:
+        self._console.show_progress(progress)
+        self._call_back("on_progress", self.on_progress, progress)
+
+    def _call_back(self, name: str, callback: Callable[[Any], None] | None, value: object) -> None:
+        if callback is None:
+            return
         try:
-            if self.on_outcome:
-                self.on_outcome(outcome)
+            callback(value)
         except Exception as error:  # is no reason to lose a video
-            self._console.complain(f"⚠️ on_outcome: {type(error).__name__}: {printable(error)}")
+            told = f"{type(error).__name__}: {printable(error)}"
+            self._console.complain(f"⚠️ {name}: {told}")
+
+    # The directory
+
+    def _hidden(self) -> HiddenFiles:
+        return HiddenFiles(self.output_dir, self.timeout)
+
+    def _check_directory(self) -> None:
+        """Make the output directory; raises `JobError` if it cannot be made or written."""
+        if self._is_checked and self.output_dir.is_dir():
+            return
+        try:
+            with contextlib.suppress(FileExistsError):  # if that is a file, the next lines say so
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+            hidden = self._hidden()
+            try:
+                hidden.probe()
+            finally:
+                hidden.clean(set())
+        except (OSError, ValueError) as error:
+            raise directory_error(self.output_dir, error) from None
+        self._is_checked = True
+
+    def _current_index(self) -> Index:
+        """Return the index of the directory, read anew after half a minute."""
+        index = self._index
+        if index is None or time.monotonic() - index.scanned_s > INDEX_KEPT_S:
+            index = Index.scan(self.output_dir)
+            self._index = index
+        return index
 
 
-# --- Looking without downloading: --dry-run and --verify --------------------------------------
+def check_setting(name: str, value: Any, low: float, high: float) -> Any:
+    """Return ``value``; raises TypeError or ValueError for an impossible one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+    return value
 
 
-def dry_run(tasks: Sequence[Task], directory: Path, console: Console) -> list[Outcome]:
+def why_not_processed(task: Task) -> str:
+    """Say why there is nothing to do for a task that a program hands in, ``""`` if there is."""
+    if task.state is State.SUCCEEDED:
+        return ""
+    if task.state is State.ENDED:
+        return f"it has not succeeded: {row_status(task.row)}"
+    if not task.is_asked_about(time.time()):
+        return "it had not finished, and is too old, or without an id, to ask Runway about it"
+    if not api_key():
+        return "it had not finished: set RUNWAYML_API_SECRET, and Runway is asked about it"
+    return ""
+
+
+# --- Looking without downloading: --dry-run and --verify ----------------------------------------
+
+
+def dry_run(tasks: Sequence[Task], directory: Path, console: Console, report: Report) -> None:
     """List what a run would do, soonest to expire first; no request, nothing written."""
+    report.begin(tasks)
     counts = Counter({"to do": 0, "expired": 0, "already there": 0})
     plans = plan_all(tasks, Index.scan(directory))
-    found = list[Outcome]()
     for plan in sorted(plans, key=lambda plan: link_expiry(plan.task.link)):
-        expiry, is_there = link_expiry(plan.task.link), plan.action in (Action.KEEP, Action.ADOPT)
-        is_dead = expiry <= time.time()
-        said = "the link does not say when it expires" if plan.task.link else NO_LINK
-        if expiry < math.inf:
-            said = f"the link expire{'d' if is_dead else 's'} {utc(expiry):%Y-%m-%d %H:%M:%S} UTC"
-        lost = not (plan.task.link or is_there or plan.action is Action.ASK or api_secret())
-        fault = TaskError(NO_LINK, "set RUNWAYML_API_SECRET to fetch one") if lost else None
-        status = Status.EXISTS if is_there else Status.FAILED if lost else Status.PENDING
-        word = "without a link" if lost else "expired" if is_dead else "to do"
-        counts["already there" if is_there else word] += 1
-        found.append(Outcome(plan.task, status, plan.path, plan.size_bytes, fault))
-        if status is not Status.EXISTS:
-            console.say(f"  {found[-1].label}: {said}")
-    console.say("", "🔎 Dry run: " + ", ".join(f"{n:,} {word}" for word, n in counts.items()))
-    console.complain(*failure_lines(found))
-    return found
+        preview = preview_of(plan, time.time())
+        counts[preview.kind] += 1
+        report.record(preview.outcome)
+        if not preview.outcome.is_on_disk:
+            console.say(f"  {preview.outcome.label}: {preview.said}")
+    told = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    console.say("", f"🔎 Dry run: {told}")
+    console.complain(*failure_lines(report.outcomes))
 
 
-def verify(directory: Path, console: Console) -> list[Outcome]:
+@dataclass(frozen=True)
+class Preview:
+    """What a run would do for one task: what is ``said`` of it, and how it is counted."""
+
+    outcome: Outcome
+    kind: str
+    said: str
+
+
+def preview_of(plan: Plan, now_s: float) -> Preview:
+    """Return what a run would do for ``plan``."""
+    task = plan.task
+    if plan.action in (Action.KEEP, Action.ADOPT):
+        return Preview(
+            Outcome(task, Status.EXISTS, plan.path, plan.size_bytes), "already there", ""
+        )
+    if task.state is State.UNFINISHED:
+        pending = Outcome(task, Status.PENDING, plan.path)
+        return Preview(pending, "would be asked about", "Runway would be asked about it")
+    said = expiry_text(task.link, now_s)
+    is_expired = said.startswith("expired")
+    if said:
+        said = f"the link {said}" if is_expired else f"the link is {said}"
+    else:
+        said = "the link does not say when it expires" if task.link else NO_LINK
+    kind = "to do"
+    if is_expired:
+        kind = "expired"
+    elif not task.link:
+        kind = "without a link"
+    can_renew = bool(api_key() and task.task_id)
+    is_lost = kind != "to do" and not can_renew and plan.action is not Action.ASK
+    fault = None
+    if is_lost:
+        reason = "the link has expired" if is_expired else NO_LINK
+        fault = Fault(reason, "set RUNWAYML_API_SECRET to fetch a fresh one", said)
+    status = Status.FAILED if is_lost else Status.PENDING
+    return Preview(Outcome(task, status, plan.path, plan.size_bytes, fault), kind, said)
+
+
+def verify(directory: Path, console: Console, report: Report) -> None:
     """Check every video that has metadata, and name those that have none; no request."""
     if not os.path.lexists(directory):
         raise JobError(f"{printable(directory.absolute())} is not there: see --output-dir")
-    index = Index.scan(directory)
-    outcomes = [check_video(directory / f"{stub}.mp4", info) for stub, info in index.described()]
-    names = {name for name in index.names if name.endswith(".mp4") and name[0] != "."}
-    if alone := names - {outcome.path.name for outcome in outcomes}:
-        console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(alone))}")
-        console.say(*(f"    {printable(name)}" for name in shortened(sorted(alone), NAMES_SHOWN)))
-    bad = count_outcomes(outcomes)["failed_downloads"]
-    console.say("", f"🔎 Verified: {len(outcomes) - bad:,} whole, {bad:,} with a problem")
-    console.complain(*failure_lines(outcomes))
-    return outcomes
+    names = list_names(directory)
+    videos = {name for name in names if name.endswith(".mp4") and not name.startswith(".")}
+    for stub, metadata in described_videos(directory, names):
+        outcome = check_video(directory / f"{stub}.mp4", metadata)
+        videos.discard(outcome.path.name)
+        report.begin([outcome.task])
+        report.record(outcome)
+    if videos:
+        console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(videos))}")
+        console.say(*(f"    {printable(name)}" for name in shortened(sorted(videos), NAMES_SHOWN)))
+    bad = report.count(Status.FAILED)
+    whole = len(report.outcomes) - bad
+    console.say("", f"🔎 Verified: {whole:,} whole, {bad:,} with a problem")
+    console.complain(*failure_lines(report.outcomes))
 
 
 def check_video(path: Path, metadata: Object) -> Outcome:
     """Hold the video ``path`` against its ``metadata``."""
-    task = task_from_row(as_object(metadata.get("runway_task_json")))
-    info, size = as_object(metadata.get("file_info")), file_bytes(path)
-    fault, hint = None, "if you edited it, leave it; else move it away and run again"
+    task = replace(
+        task_from_row(as_object(metadata.get("runway_task_json"))), state=State.SUCCEEDED
+    )
+    size = file_bytes(path)
     try:
-        if size is None:
-            raise TaskError("the video is missing", "run again without --verify, or delete .json")
-        with disk_errors("read it"), open(path, "rb") as file:
-            if size != info.get("size_bytes", size):
-                detail = printable(f"{size:,} bytes, not {info['size_bytes']}")
-                raise TaskError("another size than when it was downloaded", hint, detail)
-            if not size or "sha256" not in info:
-                if (content := inspect(file, size)) is not Content.WHOLE:
-                    raise TaskError(f"it is {content.value}", hint)
-            elif hash_file(file).hexdigest() != info["sha256"]:
-                raise TaskError("another SHA-256 than when it was downloaded", hint)
+        with disk_errors("read it"):
+            check_against(path, size, as_object(metadata.get("file_info")))
     except TaskError as error:
-        fault = error
-    return Outcome(task, Status.FAILED if fault else Status.EXISTS, path, size, fault)
+        return Outcome(task, Status.FAILED, path, size, error.fault)
+    return Outcome(task, Status.EXISTS, path, size)
+
+
+def check_against(path: Path, size: int | None, info: Object) -> None:
+    """Raise `TaskError` unless the video is as ``info`` says, or without that, a whole MP4."""
+    hint = "if you edited it, leave it; else move it away and run again"
+    if size == 0:
+        hint = "run again without --verify"
+    if size is None:
+        raise TaskError("the video is missing", "run again without --verify, or delete its .json")
+    if size != info.get("size_bytes", size):
+        detail = printable(f"{size:,} bytes, not {info['size_bytes']}")
+        raise TaskError("another size than when it was downloaded", hint, detail)
+    if size and "sha256" in info:
+        if describe_file(path)["sha256"] != info["sha256"]:
+            raise TaskError("another SHA-256 than when it was downloaded", hint)
+        return
+    content = inspect_path(path, size)
+    if content is not Content.WHOLE:
+        raise TaskError(f"it is {content.value}", hint)
 
 
 # --- The gallery: one page that shows the videos ----------------------------------------------
 
-# A browser takes a second for 300 players, so each is made when its card comes near the view,
-# from what is for browsers without scripts.
+# The page must work from a directory, without a network and without a server.
+# A browser bears only some hundred players. So the page makes a player when its card comes near
+# the view, and removes it when the card is far away. Without scripts each card has its player.
 GALLERY_PAGE = r"""<!DOCTYPE html>
-<html lang=en><meta charset=utf-8><title>Videos</title>
-<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
-<meta name="generator" content="download_succeeded_videos"><link rel="icon" href="data:,">
-<style>@media (scripting: none) { input { display: none; } } * { margin: 0; }
-body { font: 15px/1.5 system-ui, sans-serif; background: light-dark(#eff1f4, #111317); }
-header, main { display: grid; gap: 1.2rem; padding: 1rem 1.2rem; align-items: start; }
-header { position: sticky; top: 0; z-index: 1; grid-template-columns: auto minmax(0, 30rem);
-  justify-content: space-between; background: inherit; }
-input { font: inherit; padding: .4rem 1rem; border: 1px solid gray; border-radius: 2rem; }
-main { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-article { content-visibility: auto; contain-intrinsic-size: auto 25rem; border-radius: 1rem;
-  background: light-dark(#fff, #1d2026); overflow: hidden; overflow-wrap: anywhere; }
-figure, video { display: block; width: 100%; aspect-ratio: 16 / 9; background: #000; }
-h2, p, dl { margin: .7rem 1rem; font-size: 1em; } a { color: inherit; text-decoration: none; }
-p { white-space: pre-wrap; max-height: 6em; overflow: auto; } dt { opacity: .7; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; font-size: .85em; }
-</style><header><output id="count" aria-live="polite">$n of $n videos</output>
-<input id="search" type="search" aria-label="Search" placeholder="Search" autocomplete="off">
-</header><main>$cards</main><script>
+<html lang="en">
+<meta charset="utf-8">
+<title>Runway videos</title>
+<meta name="generator" content="download_succeeded_videos">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<style>
+:root { --page: #eff1f4; --card: #fff; --text: #16181d; --faint: #5c6370; --accent: #1d5fd1; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #111317; --card: #1d2026; --text: #e8eaee; --faint: #9aa1ad; --accent: #8ab4f8; }
+}
+* { box-sizing: border-box; margin: 0; }
+html { scroll-padding-top: 6rem; }
+body { font: 15px/1.5 system-ui, sans-serif; background: var(--page); color: var(--text); }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .5rem 1rem;
+  padding: .8rem 1.2rem; background: var(--page); }
+@media (min-width: 40rem) { header { position: sticky; top: 0; z-index: 1; } }
+h1 { font-size: 1.3rem; }
+output, dt, .duration { color: var(--faint); }
+input { flex: 0 1 26rem; min-width: min(100%, 16rem); margin-left: auto; padding: .4rem 1rem;
+  font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--faint); border-radius: 2rem; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr));
+  gap: 1.2rem; align-items: start; padding: .4rem 1.2rem 2rem; }
+article { overflow: hidden; overflow-wrap: anywhere; border-radius: .8rem;
+  background: var(--card); content-visibility: auto; contain-intrinsic-size: auto 24rem; }
+figure { aspect-ratio: 16 / 9; width: 100%; max-height: 26rem; background: #000; }
+.broken::after { content: "This browser cannot play the file."; display: block;
+  padding: 1rem; color: #ddd; }
+.broken video { display: none; }
+video { display: block; width: 100%; height: 100%; object-fit: contain; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: -3px; }
+h2 { display: flex; gap: 1rem; justify-content: space-between; margin: .7rem 1rem; font-size: 1em; }
+.duration { flex: none; font-weight: normal; }
+a { color: inherit; text-decoration: none; }
+a:hover, a:focus { text-decoration: underline; }
+article p { margin: .7rem 1rem; white-space: pre-wrap; }
+article p, dd { max-height: 6.75em; overflow: auto; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem 1rem; margin: .7rem 1rem 1rem;
+  font-size: .87em; }
+#none { grid-column: 1 / -1; padding: 3rem 0; text-align: center; color: var(--faint); }
+p:empty, dd:empty, dt:has(+ dd:empty) { display: none; }
+article:not([hidden]) ~ #none, body:not(:has(article)) input { display: none; }
+.duration:not(:empty)::after { content: " s"; }
+</style>
+<noscript><style>input { display: none; }</style></noscript>
+<header>
+<h1>Runway videos</h1>
+<output id="count">$count</output>
+<input id="search" type="search" placeholder="Search" aria-label="Search" autocomplete="off">
+</header>
+<main>$cards
+<p id="none">No videos yet.</p>
+</main>
+<script>
+const count = document.getElementById("count");
+const search = document.getElementById("search");
+const none = document.getElementById("none");
 const cards = [...document.querySelectorAll("article")];
-const watcher = new IntersectionObserver(seen => seen.forEach(({target, isIntersecting}) => {
-  const raw = target.querySelector("noscript");
-  if (isIntersecting && raw) raw.outerHTML = raw.textContent.replace("none", "metadata");
-}), {rootMargin: "50%"});
+const canHover = matchMedia("(hover: hover)").matches;
+
+function addPlayer(card) {
+  const figure = card.querySelector("figure");
+  const link = card.querySelector("a");
+  const video = document.createElement("video");
+  const showControls = () => {
+    video.controls = !canHover || video.matches(":hover, :focus-visible");
+  };
+  for (const event of ["pointerenter", "pointerleave", "focus", "blur"]) {
+    video.addEventListener(event, showControls);
+  }
+  video.onerror = () => figure.classList.add("broken");
+  video.onloadedmetadata = () => {
+    if (video.videoWidth) {
+      figure.style.aspectRatio = `${video.videoWidth} / ${video.videoHeight}`;
+    }
+    if (isFinite(video.duration)) {
+      card.querySelector(".duration").textContent = +video.duration.toFixed(1);
+    }
+  };
+  video.setAttribute("aria-label", link.textContent);
+  Object.assign(video, {preload: "metadata", loop: true, playsInline: true, tabIndex: 0});
+  video.src = link.href + "#t=0.001";  // so that iOS shows the first picture
+  showControls();
+  figure.append(video);
+}
+
+function removePlayer(video) {
+  if (!video.paused || video === document.activeElement) return;
+  video.removeAttribute("src");
+  video.load();  // frees the memory at once
+  video.remove();
+}
+
+const watcher = new IntersectionObserver(entries => {
+  for (const {target, isIntersecting} of entries) {
+    const video = target.querySelector("video");
+    if (isIntersecting && !video) addPlayer(target);
+    if (!isIntersecting && video) removePlayer(video);
+  }
+}, {rootMargin: "100%"});
 cards.forEach(card => watcher.observe(card));
+
+document.addEventListener("play", ({target}) => {
+  for (const video of document.querySelectorAll("video")) {
+    if (video !== target) video.pause();
+  }
+}, true);
+
+// Without accents and capitals, so that "elegant" finds "Élégant".
+const simple = text => text.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
+const texts = new Map(cards.map(card => {
+  const shown = [...card.querySelectorAll("h2, p, dd")];
+  return [card, simple(shown.map(part => part.textContent).join(" "))];
+}));
+const all = count.textContent;
+if (cards.length) none.textContent = "No video has all these words.";
+
 search.oninput = () => {
-  const words = search.value.toLowerCase().split(/\s+/);
-  for (const card of cards) card.hidden = !words.every(word => card.dataset.text.includes(word));
-  count.value = `${cards.filter(card => !card.hidden).length} of ${cards.length} videos`;
-};</script>"""
+  const words = simple(search.value).split(/\s+/);
+  for (const card of cards) {
+    card.hidden = !words.every(word => texts.get(card).includes(word));
+  }
+  const found = cards.filter(card => !card.hidden).length;
+  count.textContent = search.value.trim() ? `${found.toLocaleString("en")} of ${all}` : all;
+};
+</script>
+</html>
+"""
+
+GALLERY_CARD = """
+<article>
+<figure><noscript>
+<video src="{link}#t=0.001" aria-label="{name}" controls loop playsinline preload="none"></video>
+</noscript></figure>
+<h2><a dir="auto" href="{link}">{name}</a><span class="duration">{duration}</span></h2>
+<p dir="auto">{prompt}</p>
+<dl>
+<dt>Theme</dt><dd>{theme}</dd>
+<dt>Seed</dt><dd>{seed}</dd>
+<dt>Size</dt><dd>{size}</dd>
+<dt>Date</dt><dd>{date}</dd>
+<dt>Task</dt><dd>{task_id}</dd>
+</dl>
+</article>"""
 
 
-def gallery_card(video: Path, metadata: Object) -> str:
-    """The HTML of one video, whatever its ``metadata`` holds; never its link."""
-    row = {**metadata, **as_object(metadata.get("runway_task_json"))}
-    texts = {k: html.escape(bare(row[k])) for k in row if isinstance(row[k], str | int | float)}
-    prompt, date = (texts.get(key, "") for key in ("prompt", "download_timestamp"))
-    texts |= {"size": megabytes(file_bytes(video) or 0), "date": date[:16].replace("T", " ")}
-    labels = {"theme": "Theme", "seed": "Seed", "size": "Size", "date": "Date", "task_id": "Task"}
-    facts = [f"<dt>{labels[key]}<dd>{texts[key]}" for key in labels if texts.get(key)]
-    name, link = html.escape(video.name), quote(os.fsencode(video.name))
-    found_by = " ".join([name, prompt, *(texts.get(key, "") for key in labels)]).lower()
-    return (
-        f'<article data-text="{found_by}"><figure><noscript><video controls loop playsinline'
-        f' preload="none" aria-label="{name}" src="./{link}#t=0.001"></video></noscript></figure>'
-        f'<h2 dir="auto"><a href="./{link}">{name}</a></h2><p dir="auto">{prompt}</p>'
-        f"<dl>{''.join(facts)}</dl></article>\n"
-    )
+def escaped(value: object) -> str:
+    """Return a text or a number as HTML, its links without their signatures; else ``""``."""
+    if not isinstance(value, (str, int, float)):
+        return ""
+    text = bare(value)
+    return html.escape(text)
 
 
-def write_gallery(directory: Path, console: Console) -> None:
-    """Write the page that shows every video with metadata, newest first.
+def download_time(metadata: Object) -> str:
+    return text_of(metadata, "download_timestamp")
 
-    Leaves a page alone that is not this script's, and says so; raises `DownloaderError`.
+
+def gallery_card(video: Path, size_bytes: int, metadata: Object) -> str:
+    """Return the HTML of one video, whatever its metadata holds."""
+    name = video.name
+    task = as_object(metadata.get("runway_task_json"))
+    when = download_time(metadata)
+    facts = {**task, **metadata}
+    facts["name"] = name
+    facts["size"] = megabytes(size_bytes)
+    facts["date"] = when[:16].replace("T", " ")
+
+    texts: dict[str, str] = defaultdict(str)  # a fact that is missing is left empty
+    for key, value in facts.items():
+        texts[key] = escaped(value)
+    link = quote(os.fsencode(name))
+    texts["link"] = f"./{link}"  # without "./" a name may look like the scheme of a URL
+    return GALLERY_CARD.format_map(texts)
+
+
+def render_gallery(videos: Sequence[tuple[Path, int, Object]]) -> str:
+    """Return the page that shows the videos, newest first.
+
+    Each video is its path, its size in bytes and its metadata.
     """
-    page, mark = directory / GALLERY_NAME, b'content="download_succeeded_videos"'
-    pairs = [(directory / f"{stub}.mp4", info) for stub, info in Index.scan(directory).described()]
-    pairs.sort(key=lambda pair: text_of(pair[1], "download_timestamp"), reverse=True)
-    cards = [gallery_card(*pair) for pair in pairs if file_bytes(pair[0])]
-    text = GALLERY_PAGE.replace("$n", str(len(cards))).replace("$cards", "".join(cards))
-    with disk_errors(f"write the gallery {printable(page)}"):
-        is_own = os.path.isfile(page) and mark in page.read_bytes()[:READ_BYTES]
-        if os.path.lexists(page) and not is_own:
-            console.complain("", f"⚠️ {printable(page)} is not this script's: left alone; rename it")
-            return
-        write_whole(page, text.encode(errors="replace"), GALLERY_NAME, replaces=True)
-    console.say("", f"🖼️ Gallery: {printable(page)} ({counted(len(cards))})")
+    newest_first = sorted(videos, key=lambda each: download_time(each[2]), reverse=True)
+    cards = [gallery_card(*each) for each in newest_first]
+    count = counted(len(cards))
+    page = GALLERY_PAGE.replace("$count", count)
+
+    # The cards come last: what they hold must not be taken for a placeholder.
+    return page.replace("$cards", "".join(cards))
 
 
-# --- The command line -------------------------------------------------------------------------
+def write_gallery(directory: Path, hidden: HiddenFiles, console: Console) -> str:
+    """Write the page that shows every video with metadata; return why not, ``""`` if it did.
+
+    Leaves a page alone that is not this script's.
+    """
+    page = directory / GALLERY_NAME
+    videos = []
+    for stub, metadata in described_videos(directory, list_names(directory)):
+        path = directory / f"{stub}.mp4"
+        size = file_bytes(path)
+        if size:
+            videos.append((path, size, metadata))
+    data = render_gallery(videos).encode(errors="replace")
+    try:
+        if os.path.lexists(page) and not is_own_page(page):
+            return f"{printable(page)} is not this script's: left alone; rename it"
+        temporary = write_hidden(data, digest(GALLERY_NAME)[:16], hidden)
+        try:
+            os.replace(temporary, page)
+        finally:
+            remove(temporary)
+    except OSError as error:
+        if is_full(error):
+            raise disk_error(error, f"write the gallery {printable(page)}") from None
+        return f"could not write the gallery {printable(page)}: {error.strerror}"
+    console.say("", f"🖼️ Gallery: {printable(page)} ({counted(len(videos))})")
+    return ""
+
+
+def is_own_page(page: Path) -> bool:
+    if not page.is_file():
+        return False
+    with open(page, "rb") as file:
+        return b'content="download_succeeded_videos"' in file.read(_LOOK_BYTES)
+
+
+# --- The command line: the door for people -------------------------------------------------------
 
 
 def bounded(kind: type, low: float, high: float) -> Callable[[str], Any]:
-    """An argparse type: a ``kind`` from ``low`` to ``high``."""
+    """Return an argparse type: a ``kind`` from ``low`` to ``high``."""
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
+            value = kind(text)
+            if low <= value <= high:
                 return value
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:g}")
@@ -2065,78 +4605,187 @@ def bounded(kind: type, low: float, high: float) -> Callable[[str], Any]:
 
 def parse_shard(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N, such as 2/4")
-    return int(match[1]), int(match[2])
+    if match and 1 <= int(match[1]) <= int(match[2]):
+        return int(match[1]), int(match[2])
+    raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N, such as 2/4")
 
 
-def command(text: str) -> tuple[str, ...]:
-    """The words of a command that is there, with no other ``{word}`` than is filled in."""
-    words = shlex.split(text.replace("\\", "\\\\") if os.name == "nt" else text)
-    if not words or not shutil.which(words[0]):
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no such command")
-    words_in_braces = re.findall(r"\{\s*[\w-]*(?:[.!:][^{}]*)?\s*\}", text)
-    if wrong := set(words_in_braces) - {"{video}", "{metadata}"}:
-        raise argparse.ArgumentTypeError(f"{min(wrong)} is not {{video}} or {{metadata}}")
-    return tuple(words)
+def parse_command(text: str) -> Command:
+    try:
+        return Command.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-SETTINGS = ("workers", "timeout", "retries", "command")  # of `VideoDownloader`
+def parse_directory(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty: give a directory, such as videos")
+    return Path(text)
+
+
+def parse_id(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the id is empty: give one, or its first 8 characters")
+    return text.strip()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add = parser.add_argument
-    on: dict[str, Any] = {"action": "store_true"}
-    workers, some = bounded(int, 1, MAX_WORKERS), "(default: %(default)s)"
-    add("files", nargs="*", type=Path, metavar="FILE", help="results files (default: the latest)")
-    add("--polling-results-file", type=Path, action="append", metavar="FILE", help="the same")
-    add("--all", **on, help="read every results file, latest first")
-    add("--output-dir", type=Path, metavar="DIR", help=f"where the videos go; created {some}")
-    add("--workers", type=workers, metavar="N", help=f"videos at a time, 1 to {MAX_WORKERS} {some}")
-    retries, seconds = bounded(int, 0, 1000), bounded(float, 0.001, 86400)
-    add("--timeout", type=seconds, metavar="SECONDS", help=f"for each wait for a server {some}")
-    add("--retries", type=retries, metavar="N", help=f"more tries, if one brought nothing {some}")
-    add("--shard", type=parse_shard, metavar="K/N", help="only the K-th of N equal parts")
-    add("--exec", type=command, metavar="CMD", dest="command",
-        help='hand each new video over to "CMD {video} {metadata}", without a shell')  # fmt: skip
-    add("--gallery", **on, help=f"write DIR/{GALLERY_NAME}, a page that shows the videos")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry-run", **on, help="only list what would be downloaded")
-    mode.add_argument("--verify", **on, help="only check the videos against their metadata")
-    add("-q", "--quiet", **on, help="print what is wrong, and nothing else")
-    add("--json", **on, help="one JSON object on stdout, all else on stderr")
-    add("--version", action="version", version="%(prog)s 2.1.0")
-    parser.set_defaults(**{name: getattr(VideoDownloader, name) for name in SETTINGS})
-    parser.set_defaults(output_dir=Path(DEFAULT_OUTPUT_DIR), shard=(1, 1), polling_results_file=[])
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=79)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=formatter,
+        allow_abbrev=False,
+        usage="%(prog)s [FILE ...] [options]",
+    )
+    default = "(default: %(default)s)"
+
+    what = parser.add_argument_group("what to bring home")
+    what.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="results files, or - for standard input (default: the latest file)",
+    )
+    what.add_argument(
+        "--polling-results-file",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the same",
+    )
+    what.add_argument("--all", action="store_true", help="read every results file, latest first")
+    what.add_argument(
+        "--only",
+        type=parse_id,
+        action="append",
+        default=[],
+        metavar="ID",
+        help="only this task: its id, or the first 8 characters or more; may be repeated",
+    )
+    what.add_argument(
+        "--skip",
+        type=parse_id,
+        action="append",
+        default=[],
+        metavar="ID",
+        help="all but this task; may be repeated",
+    )
+    what.add_argument(
+        "--shard",
+        type=parse_shard,
+        default=(1, 1),
+        metavar="K/N",
+        help="only the K-th of N parts, for machines that share no directory",
+    )
+
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--output-dir",
+        type=parse_directory,
+        default=Path(DEFAULT_OUTPUT_DIR),
+        metavar="DIR",
+        help=f"where the videos go; created {default}",
+    )
+    how.add_argument(
+        "--workers",
+        type=bounded(int, 1, MAX_WORKERS),
+        default=DEFAULT_WORKERS,
+        metavar="N",
+        help=f"videos at a time, 1 to {MAX_WORKERS} {default}",
+    )
+    how.add_argument(
+        "--timeout",
+        type=bounded(float, 0.001, DAY_S),
+        default=DEFAULT_TIMEOUT_S,
+        metavar="SECONDS",
+        help=f"for connecting and for each wait for data {default}",
+    )
+    how.add_argument(
+        "--retries",
+        type=bounded(int, 0, 1000),
+        default=DEFAULT_RETRIES,
+        metavar="N",
+        help=f"more tries after one that brought nothing {default}",
+    )
+
+    after = parser.add_argument_group("afterwards")
+    after.add_argument(
+        "--exec",
+        type=parse_command,
+        action="append",
+        default=[],
+        metavar="CMD",
+        dest="commands",
+        help='hand each video over to "CMD {video} {metadata}", once, without a shell; '
+        "may be repeated",
+    )
+    after.add_argument(
+        "--gallery",
+        action="store_true",
+        help=f"write DIR/{GALLERY_NAME}, a page that shows the videos",
+    )
+
+    instead = parser.add_argument_group("instead of downloading").add_mutually_exclusive_group()
+    instead.add_argument(
+        "--dry-run", action="store_true", help="only list what would be downloaded"
+    )
+    instead.add_argument(
+        "--verify", action="store_true", help="only check the videos against their metadata"
+    )
+
+    output = parser.add_argument_group("what is printed")
+    output.add_argument(
+        "-q", "--quiet", action="store_true", help="what is wrong, and nothing else"
+    )
+    output.add_argument(
+        "--json", action="store_true", help="one JSON object on stdout, all else on stderr"
+    )
+    output.add_argument("-V", "--version", action="version", version=f"%(prog)s {VERSION}")
     return parser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
-    """The options; what cannot be is refused with what could (exit 2)."""
+    """Return the options; what cannot be is refused with what could (exit code 2)."""
     parser = build_parser()
     options, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        known, option = re.findall(r"--[a-z-]+", parser.format_help()), unknown[0].split("=")[0]
-        longer = [each for each in known if each.startswith(option)]
-        near = longer or difflib.get_close_matches(option, known, n=1, cutoff=0.0)
-        parser.error(f"unknown option {unknown[0]}: is {near[0]} meant?")
-    if bool(options.files) + bool(options.polling_results_file) + options.all > 1:
+        near = nearest_option(unknown[0], parser.format_help())
+        parser.error(f"unknown option {unknown[0]}: is {near} meant?")
+    ways = [options.files, options.polling_results_file, options.all]
+    if sum(bool(way) for way in ways) > 1:
         parser.error("give only one of FILE, --polling-results-file and --all")
     options.files += options.polling_results_file
+    if STANDARD_INPUT in options.files and len(options.files) > 1:
+        parser.error("- is standard input: give it alone, without other files")
+    choice = [options.only, options.skip, options.shard != (1, 1), options.commands]
+    if options.verify and (options.files or options.all or any(choice)):
+        parser.error("--verify checks the whole output directory: give it no files or tasks")
+    if options.gallery and (options.verify or options.dry_run):
+        parser.error("--gallery writes a page: not with --dry-run or --verify")
     return options
 
 
+def nearest_option(unknown: str, help_text: str) -> str:
+    """Return the known option that an unknown one begins, else the most similar one."""
+    known = re.findall(r"--[a-z-]+", help_text)
+    option = unknown.split("=")[0]
+    longer = [each for each in known if each.startswith(option)]
+    nearest = longer or difflib.get_close_matches(option, known, n=1, cutoff=0.0)
+    return str(nearest[0])
+
+
 def choose_results_files(options: Namespace, console: Console) -> list[Path]:
-    """The results files the command line asks for; raises `JobError` when there are none."""
+    """Return the results files the command line asks for; raises `JobError` if there are none."""
     if options.files:
-        return sorted(options.files, key=results_time, reverse=True)
+        return sorted(options.files, key=results_order, reverse=True)
     places = (".", DEFAULT_OUTPUT_DIR, options.output_dir)
     files = find_results_files(places)
     if not files:
         where = ", ".join(dict.fromkeys(printable(Path(place).absolute()) for place in places))
-        raise JobError(f"No polling results found in {where} — run the polling step first")
+        what = f"No polling results found: no {RESULTS_PREFIX}*.json in {where}"
+        raise JobError(f"{what} — run the polling step first, or name a file")
     if options.all:
         console.say(f"🔍 Found {len(files):,} polling results files")
         return files
@@ -2144,75 +4793,136 @@ def choose_results_files(options: Namespace, console: Console) -> list[Path]:
     return files[:1]
 
 
-def do(options: Namespace, console: Console, outcomes: list[Outcome], stats: dict[str, int]) -> str:
-    """Do what the command line says; what was wrong with its input.
-
-    Adds to ``outcomes`` and ``stats``. Raises `JobError` and KeyboardInterrupt.
-    """
-    if options.verify:
-        outcomes += verify(options.output_dir, console)
-        stats |= count_outcomes(outcomes)
-        return ""
+def read_chosen_tasks(options: Namespace, console: Console, report: Report) -> list[Task]:
+    """Return the tasks that the command line asks for; raises `JobError` if it cannot."""
     paths = choose_results_files(options, console)
-    tasks, errors = read_tasks(paths, console)
-    unread = "; ".join(shortened(errors, LISTED))
-    if errors and len(errors) == len(paths):
-        raise JobError(unread)
-    part, parts = options.shard
-    tasks = [task for task in tasks if int(digest(fold(task.stub)), 16) % parts == part - 1]
+    choice = Choice(options.only, options.skip, options.shard)
+    found = read_tasks(paths, console, choice=choice)
+    if len(found.errors) == len(paths):
+        raise JobError(*found.errors)
+    console.complain(*(f"❌ {error}" for error in found.errors))
+    report.problems.extend(found.errors)
+    warn_of_unasked(found.unasked, options.output_dir, console)
+    if options.only and not found.chosen:
+        ids = printable(", ".join(options.only))
+        raise JobError(f"no task matches --only {ids}: give an id, or its first 8 characters")
+    return found.tasks
+
+
+def carry_out(options: Namespace, console: Console, report: Report) -> None:
+    """Do what the command line says; raises `JobError` and KeyboardInterrupt."""
+    if options.verify:
+        verify(options.output_dir, console, report)
+        return
+    tasks = read_chosen_tasks(options, console, report)
     if options.dry_run:
-        outcomes += dry_run(tasks, options.output_dir, console)
-        stats |= count_outcomes(outcomes)
-    else:
-        settings = {name: getattr(options, name) for name in SETTINGS}
-        downloader = VideoDownloader(options.output_dir, console=console, **settings)
-        downloader.outcomes, downloader.stats = outcomes, stats
-        try:
-            downloader.run(tasks)
-            if options.gallery:
-                write_gallery(options.output_dir, console)
-        finally:
-            downloader.print_final_stats()
-    return unread
+        dry_run(tasks, options.output_dir, console, report)
+        return
+    downloader = VideoDownloader(
+        options.output_dir,
+        workers=options.workers,
+        timeout=options.timeout,
+        retries=options.retries,
+        commands=[command.words for command in options.commands],
+        console=console,
+        report=report,
+    )
+    report.is_run = True
+    downloader.run(tasks)
 
 
-def stop(number: int, _frame: object) -> NoReturn:
-    """Handle Ctrl-C and SIGTERM, once: since a kill at any instant is harmless, by raising."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended before its time: the exit code, and what to say of it."""
+
+    exit_code: int
+    lines: tuple[str, ...]
+
+
+def run_to_the_end(options: Namespace, console: Console, report: Report) -> Ending | None:
+    """Do what the command line says; return how it ended if that was before its time."""
+    try:
+        carry_out(options, console, report)
+    except JobError as error:
+        return Ending(1, error.args)
+    except OSError as error:  # the current directory is gone
+        return Ending(1, (printable(error.strerror),))
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        return Ending(
+            128 + number, (f"stopped by {signal.Signals(number).name}, run again to go on",)
+        )
+    return None
+
+
+def make_gallery(options: Namespace, console: Console, report: Report) -> None:
+    """Write the gallery, and count what keeps it from being written as a problem."""
+    if not options.output_dir.is_dir():
+        return  # what is wrong with that has been said
+    try:
+        hidden = HiddenFiles(options.output_dir, options.timeout)
+        problem = write_gallery(options.output_dir, hidden, console)
+        hidden.clean(set())
+    except JobError as error:
+        problem = str(error)
+    if problem:
+        console.complain("", f"⚠️ {problem}")
+        report.problems.append(problem)
+
+
+def end_by_signal(number: int, _frame: object) -> NoReturn:
+    """Handle the first signal by raising: a kill at any instant is harmless, so this is."""
+    for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # `timeout` and CI runners send two
     raise KeyboardInterrupt(number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv``; the exit code, as ``--help`` lists them."""
+    """Run the command line ``argv``; return the exit code, as ``--help`` lists them."""
     options = parse_arguments(argv)
-    for number in SIGNALS if __name__ == "__main__" else ():
-        signal.signal(number, stop)
+    if UNUSABLE_REQUESTS:
+        print(f"❌ {UNUSABLE_REQUESTS}", file=sys.stderr)
+        return 1
+    if __name__ == "__main__":
+        for each in SIGNALS:
+            signal.signal(each, end_by_signal)
     console = Console(options.quiet, options.json)
-    outcomes, stats = list[Outcome](), count_outcomes()
-    try:
-        error = do(options, console, outcomes, stats)
-        exit_code = 3 if error or any(outcome.fault for outcome in outcomes) else 0
-    except (DownloaderError, OSError) as fatal:  # OSError: the current directory is gone
-        exit_code, error = 1, printable(getattr(fatal, "strerror", fatal))
-    except KeyboardInterrupt as interrupt:
-        number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
-        exit_code, error = 128 + number, f"stopped by {number.name}, run again to go on"
-    console.complain(*(["", f"❌ {error}"] if error else []))
+    report = Report()
+    ending = run_to_the_end(options, console, report)
+    is_about_input = ending is not None and ending.exit_code == 1 and not report.is_run
+    if options.gallery and (ending is None or is_about_input):
+        make_gallery(options, console, report)
+    console.clear_line()
+    error_lines = ending.lines if ending else ()
+    if report.is_run:
+        console.show_summary(report, options.output_dir, error_lines)
+    elif error_lines:
+        console.complain("", *(f"❌ {line}" for line in error_lines))
+    exit_code = ending.exit_code if ending else report.exit_code
     if options.json:
-        videos = [outcome.as_json() for outcome in outcomes]
-        report = {"stats": stats, "videos": videos, "exit_code": exit_code, "error": error or None}
-        try:
-            print(json.dumps(report, indent=2), flush=True)
-        except OSError as unwritten:
-            console.complain(f"❌ the JSON could not be written: {unwritten.strerror}")
-            return 1
+        return print_json(report.as_json(exit_code, "; ".join(error_lines)), console)
     return exit_code
 
 
-if __name__ == "__main__":
+def print_json(document: Object, console: Console) -> int:
+    """Print the object of --json; return the exit code in it, or 1 if nobody could read it."""
+    try:
+        print(json.dumps(document, indent=2), flush=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        console.complain(f"❌ the JSON could not be written: {reason}")
+        return 1
+    return int(document["exit_code"])
+
+
+def run_as_a_program() -> NoReturn:
+    """Run the command line and exit at once: worker threads may still wait for a server."""
     try:
         exit_code = main()
     except KeyboardInterrupt as interrupt:  # while its last lines are printed
-        exit_code = 128 + interrupt.args[0]
-    os._exit(exit_code)  # at once: worker threads may still wait for a server
+        exit_code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    os._exit(exit_code)
+
+
+if __name__ == "__main__":
+    run_as_a_program()
