@@ -285,7 +285,7 @@ def disk_error(error: OSError, action: str) -> DownloaderError:
     """
     if is_full(error):
         return DiskFull(f"could not {action}")
-    reason = f"could not {action}: {error.strerror or type(error).__name__}"
+    reason = printable(f"could not {action}: {error.strerror or type(error).__name__}")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return TransientError(reason)
     return TaskError(reason, "look at the output directory, then run again")
@@ -644,7 +644,7 @@ class Task:
         """What its hidden files are named after."""
         return digest(self.key or repr(self.row))[:16]
 
-    @property
+    @functools.cached_property
     def fallback_stubs(self) -> list[str]:
         """The names it gets when its stub is somebody else's: with its id, then with a hash.
 
@@ -1081,7 +1081,7 @@ class Index:
         """
         path = self.directory / f"{stub}.mp4"
         metadata_path = self.directory / f"{stub}.json"
-        with disk_errors(f"read {printable(metadata_path.name)}"):
+        with disk_errors(f"read {metadata_path.name}"):
             metadata = read_metadata(metadata_path)
             video = status_of(path)
         if video and not stat.S_ISREG(video.st_mode):
@@ -1098,7 +1098,7 @@ class Index:
 
     def _look_without_metadata(self, task: Task, path: Path, size: int | None) -> Place:
         if size:
-            with disk_errors(f"read {printable(path.name)}"):
+            with disk_errors(f"read {path.name}"):
                 is_video = inspect_path(path, size) in KEPT
             if is_video:
                 holder = f"{path.name} is another video"
@@ -1174,6 +1174,11 @@ class Plan:
     action: Action
     size_bytes: int | None = None
     holder: str = ""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the video need not be downloaded."""
+        return self.action in (Action.KEEP, Action.ADOPT)
 
 
 def plan_task(task: Task, index: Index, may_adopt: bool = True) -> Plan:
@@ -1266,6 +1271,7 @@ def plan_first(task: Task, index: Index) -> Plan:
 LEFTOVER_KEPT_S = 7 * DAY_S
 HIDDEN_NAME = re.compile(r"[0-9a-f]{16}\..+\.(part|tmp|left)")
 MADE_BY_ANOTHER_S = 0.1
+LISTING_KEPT_S = 1.0
 VALIDATOR_MAX_BYTES = 60  # it is kept in a file name, as base64
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -1374,6 +1380,8 @@ class HiddenFiles:
         self.directory = directory
         self._own_home = directory / f"{HIDDEN_DIR}-{random_hex()}"
         self._timeout_s = timeout_s
+        self._names: list[str] = []
+        self._listed_s = -math.inf  # when, on the monotonic clock
         self.home = directory / HIDDEN_DIR
         if self.home.is_symlink():  # wherever it leads, nothing can be linked from there
             self.home = self._own_home
@@ -1424,12 +1432,14 @@ class HiddenFiles:
         with contextlib.suppress(OSError):
             os.chmod(home, self._directory_mode)
 
-    def of_task(self, file_key: str) -> list[Path]:
-        """Return the hidden files of one task, whoever made them."""
-        with contextlib.suppress(OSError):
-            names = os.listdir(self.home)
-            return [self.home / name for name in names if name.startswith(f"{file_key}.")]
-        return []
+    def of_task(self, file_key: str, max_age_s: float = 0.0) -> list[Path]:
+        """Return the hidden files of one task, whoever made them, as at most so long ago."""
+        if time.monotonic() - self._listed_s >= max_age_s:
+            self._listed_s = time.monotonic()
+            self._names = []
+            with contextlib.suppress(OSError):
+                self._names = os.listdir(self.home)
+        return [self.home / name for name in self._names if name.startswith(f"{file_key}.")]
 
     def are_in_other_hands(self, paths: Iterable[Path], own: Path | None) -> bool:
         """Whether somebody else has a part among ``paths`` that still grows.
@@ -1828,6 +1838,7 @@ class HttpClient:
         self.timeout_s = timeout_s
         self._connections = connections
         self._context = context
+        self._proxies: dict[str, dict[str, str]] = {}  # by server
         self.forget_connections()
 
     def session(self) -> VideoSession:
@@ -1841,6 +1852,13 @@ class HttpClient:
         """
         self._adapter = SharedContextAdapter(self._context, self._connections)
 
+    def _proxies_for(self, url: str) -> dict[str, str]:
+        """Return the proxies that the environment names for this server, asked once a run."""
+        server = "/".join(url.split("/", 3)[:3])
+        if server not in self._proxies:
+            self._proxies[server] = get_environ_proxies(url, no_proxy=None)
+        return self._proxies[server]
+
     def get(
         self, session: VideoSession, url: str, headers: Mapping[str, str], redirects: int
     ) -> requests.Response:
@@ -1851,7 +1869,7 @@ class HttpClient:
         proxies: dict[str, str] = {}
         try:
             for _ in range(redirects + 1):
-                proxies = get_environ_proxies(url, no_proxy=None)
+                proxies = self._proxies_for(url)
                 response = session.get(
                     url,
                     headers=dict(headers),
@@ -2469,7 +2487,7 @@ def remove_what_is_no_video(path: Path, seen_bytes: int | None) -> None:
         return
     if size and inspect_path(path, size) in KEPT:
         return
-    with disk_errors(f"remove {printable(path.name)}, which is no video"):
+    with disk_errors(f"remove {path.name}, which is no video"):
         os.unlink(path)
 
 
@@ -2719,7 +2737,7 @@ class Download:
         return self.failed(fault)
 
     def _attempt(self) -> Outcome:
-        self._look_for_other_runs()
+        self._look_for_other_runs(max_age_s=LISTING_KEPT_S)
         self.part = Part(self._tools.hidden, self.task.file_key)  # tells them what we have in hand
         try:
             there = self._look_for_other_runs()
@@ -2730,14 +2748,14 @@ class Download:
         finally:
             self.part.release()
 
-    def _look_for_other_runs(self) -> list[Path]:
+    def _look_for_other_runs(self, max_age_s: float = 0.0) -> list[Path]:
         """Return the task's hidden files; raises `Later` if another run has it in hand.
 
         Before our part is made, so that a run which waits makes none, and after that, so that of
         two runs which come at once one gives way.
         """
         own = self.part.path if self.part else None
-        there = self._tools.hidden.of_task(self.task.file_key)
+        there = self._tools.hidden.of_task(self.task.file_key, max_age_s)
         if self._tools.hidden.are_in_other_hands(there, own):
             why = "a video that another run has in hand"
             raise Later(random.uniform(0.1, 0.4), why, is_in_other_hands=True)
@@ -2903,7 +2921,7 @@ class Download:
         path = self.plan.path
         metadata_path = path.with_suffix(".json")
         try:
-            with disk_errors(f"describe {printable(path.name)}"):
+            with disk_errors(f"describe {path.name}"):
                 info = describe_file(path, self.watch.note)
                 put_metadata(metadata_path, self.task, path.name, info, self._tools.hidden)
         except FileExistsError:
@@ -3463,8 +3481,8 @@ class Console:
         columns = terminal_columns(sys.stderr)
         if columns:
             line = fit_columns("  ".join(self._progress_parts(progress)), columns - 1)
-            self._write(sys.stderr, f"\r\x1b[K{line}", end="")
             self._is_live = True
+            self._write(sys.stderr, f"\r\x1b[K{line}", end="")
         elif self._clock() - self._printed_s >= SILENCE_S:
             self.say("  ".join(self._progress_parts(progress)))
 
@@ -4026,7 +4044,7 @@ class VideoDownloader:
         read = task_from_row(as_object(task))
         video = Path(video_path)
         try:
-            with disk_errors(f"describe {printable(video)}"):
+            with disk_errors(f"describe {video}"):
                 info = describe_file(video)
                 put_metadata(Path(metadata_path), read, video.name, info, self._hidden())
         except (DownloaderError, OSError, ValueError) as error:
@@ -4104,10 +4122,7 @@ class VideoDownloader:
         elif settled > EXISTING_SHOWN:
             more = counted(settled - EXISTING_SHOWN, "more video")
             self._console.say("", f"  ⚠️ {more} already there")
-        downloads_first = (Action.KEEP, Action.ADOPT)
-        return sorted(
-            jobs, key=lambda job: (job.action in downloads_first, link_expiry(job.task.link))
-        )
+        return sorted(jobs, key=lambda job: (job.is_there, link_expiry(job.task.link)))
 
     def _work(
         self,
@@ -4271,7 +4286,7 @@ class Preview:
 def preview_of(plan: Plan, now_s: float) -> Preview:
     """Return what a run would do for ``plan``."""
     task = plan.task
-    if plan.action in (Action.KEEP, Action.ADOPT):
+    if plan.is_there:
         return Preview(
             Outcome(task, Status.EXISTS, plan.path, plan.size_bytes), "already there", ""
         )
