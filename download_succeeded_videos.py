@@ -37,19 +37,22 @@ environment:
   REQUESTS_CA_BUNDLE, HTTPS_PROXY, NO_PROXY   as requests knows them
 """
 
-# The file reads as the data flows; each chapter uses only those above it:
+# The file reads as the data flows. A chapter uses those above it, but for types that it only
+# names; within a chapter, what decides comes before what it is made of.
 #
-#     errors, text                        words that all chapters use
-#     results files -> rows and tasks     what there is to bring home
-#     names, content, metadata            what a file is called, is, and says of itself
-#     the directory -> the plan           which name, and whether to download, adopt or keep
-#     hidden files                        parts and leftovers
-#     HTTP, Runway, retries               asking servers
-#     publishing, one download            from a request to a file under its final name
-#     hand-over, outcomes, console        what happens afterwards, and what is said of it
-#     the run, VideoDownloader            many downloads in parallel; the door for programs
-#     dry run, verify, gallery            looking without downloading
-#     the command line                    the door for people
+#     errors, text                      words that all chapters use
+#     results files, names, rows        what there is to bring home, and under which name
+#     content, metadata                 what a file is by its bytes, and what is written beside it
+#     the directory, the plan           what is there, and whether to download, adopt or keep
+#     the watch, hidden files           looking on from another thread; parts and leftovers
+#     HTTP, Runway, retries             asking servers
+#     outcomes, publishing, download    from a request to a file under its final name
+#     hand-over                         the commands of --exec
+#     report, looks, console            what a run came to, and how it is told
+#     the run                           many downloads in parallel
+#     reading tasks, VideoDownloader    the door for programs
+#     dry run, verify, gallery          looking without downloading
+#     the command line                  the door for people
 #
 # Glossary:
 #
@@ -62,6 +65,7 @@ environment:
 #     orphan     a video on disk without metadata
 #     holder     what holds a name that a task would have liked
 #     attempt    one look at the directory, with at most one body received
+#     leader     the thread that called for the run; it starts, watches and reports the downloads
 #     hand-over  running a command of --exec for a video
 #     outcome    what became of a task; its fault, if it has one, says what went wrong
 
@@ -75,8 +79,8 @@ if sys.version_info < (3, 10):  # noqa: UP036 - older versions can read this far
     sys.exit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
 
 if __name__ == "__main__":
-    # The imports take a moment, and a signal then is to be no traceback either. A signal that we
-    # are to ignore stays ignored: nohup does that to SIGHUP, a shell's "&" to SIGINT.
+    # The imports take a moment, and a signal during them must not print a traceback. A signal that
+    # is ignored stays ignored: nohup does that to SIGHUP, and a shell's "&" to SIGINT.
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
     SIGNALS = [each for each in known if signal.getsignal(each) is not signal.SIG_IGN]
@@ -146,6 +150,7 @@ RESULTS_PREFIX = "runway_polling_results_"
 RESULTS_MAX_BYTES = 1_000_000_000
 METADATA_MAX_BYTES = 10_000_000  # a longer .json in the output directory is another program's
 HIDDEN_DIR = ".dsv"
+HIDDEN_DIR_NAME = re.compile(r"\.dsv(-[0-9a-f]{8})?")
 GALLERY_NAME = "index.html"
 
 DEFAULT_WORKERS = 32
@@ -159,7 +164,7 @@ NAME_TRIES = 10
 DAY_S = 86_400.0
 
 EXISTING_SHOWN = 3
-LISTED = 10
+VIDEOS_LISTED = 10
 NAMES_SHOWN = 20
 BLOCKS_SHOWN = 20  # a run of more tasks prints one line for each video
 
@@ -193,7 +198,10 @@ class DownloaderError(Exception):
 
 
 class JobError(DownloaderError):
-    """The run as a whole, or a results file, cannot go on: exit code 1. Its text is one line."""
+    """The run as a whole, or a results file, cannot go on: exit code 1.
+
+    Its ``args`` are the lines to print.
+    """
 
 
 class DiskFull(JobError):
@@ -260,7 +268,7 @@ class TransientError(TaskError):
 class PartGone(TransientError):
     """A hidden file is gone, and the download begins anew.
 
-    That uses up no try, but is not endured without end.
+    That does not count as a try, up to ``PART_GONE_MAX`` times.
     """
 
     def __init__(self, reason: str = "somebody removed the hidden file") -> None:
@@ -617,7 +625,7 @@ class State(Enum):
     SUCCEEDED = "SUCCEEDED"
     ENDED = "FAILED or CANCELLED"
     UNFINISHED = "not finished"  # polling gave up on it
-    UNKNOWN = "neither, and without an id nobody can ask"
+    UNKNOWN = "no status of Runway's, and no id to ask about"
 
 
 @dataclass(frozen=True)
@@ -734,8 +742,8 @@ def api_key() -> str:
     return os.environ.get("RUNWAYML_API_SECRET", "").strip()
 
 
-def is_brought_home(task: Task) -> bool:
-    """Whether there is something to do for a task: it SUCCEEDED, or Runway may say that it did."""
+def is_to_be_fetched(task: Task) -> bool:
+    """Whether there may be a video to fetch: the task SUCCEEDED, or Runway can say if it did."""
     if task.state is State.UNFINISHED:
         return bool(api_key()) and task.is_asked_about(time.time())
     return task.state is State.SUCCEEDED
@@ -747,7 +755,7 @@ def passed_over_link(task: Task) -> str:
     if is_known or not task.link:
         return ""
     what = f"task {shown_id(task.task_id)} has a link, but its status is {shown_status(task.row)}"
-    if is_brought_home(task):
+    if is_to_be_fetched(task):
         return f"{what}: Runway is asked about it"
     return f"{what}: not downloaded"
 
@@ -775,7 +783,8 @@ def merge_tasks(tasks: Iterable[Task]) -> list[Task]:
     """Return each task once, by the first of the best rows that there are of it.
 
     A row that says SUCCEEDED is better than one that does not, then one with a link is better
-    than one without. The freshest rows come first.
+    than one without, then one that says FAILED or CANCELLED is better than one that says nothing
+    final. The freshest rows come first.
     """
     merged: dict[str, Task] = {}
     for number, task in enumerate(tasks):
@@ -795,7 +804,8 @@ class Choice:
     """Which tasks the command line asks for; all of them by default.
 
     ``only`` and ``skip`` hold ids, or their first 8 characters or more. Of ``shard`` (k, n), the
-    k-th of n parts is taken, whatever else the files hold.
+    k-th of n parts is taken, whatever else the files hold: by stub, so that tasks which want one
+    name meet in one part.
     """
 
     only: Sequence[str] = ()
@@ -815,7 +825,7 @@ def is_named(task_id: str, names: Iterable[str]) -> bool:
     """Whether one of ``names`` is ``task_id``, or at least 8 characters that it begins with."""
     for name in names:
         is_prefix = len(name) >= 8 and task_id.startswith(name)
-        if is_prefix or task_id == name != "":
+        if is_prefix or name == task_id:
             return True
     return False
 
@@ -834,7 +844,8 @@ class Content(Enum):
     TEXT = "text, not a video"
 
 
-KEPT = {Content.WHOLE, Content.SURPLUS, Content.OTHER}  # what came whole, since its link dies
+# Worth keeping even if it is odd: the link may not work a second time.
+KEPT = {Content.WHOLE, Content.SURPLUS, Content.OTHER}
 
 _BOXES = set(b"ftyp styp moov moof mdat free skip wide pnot meta uuid sidx mfra pdin udta".split())
 _BOXES |= {b"emsg"}
@@ -887,7 +898,7 @@ def inspect_path(path: str | Path, size_bytes: int) -> Content:
 # --- Metadata: <stub>.json --------------------------------------------------------------------
 
 
-def file_bytes(path: str | Path) -> int | None:
+def file_size(path: str | Path) -> int | None:
     """Return the size of the file ``path``, ``None`` if it is not there or no regular file."""
     with contextlib.suppress(OSError, ValueError):
         status = status_of(path)
@@ -896,7 +907,10 @@ def file_bytes(path: str | Path) -> int | None:
 
 
 def status_of(path: str | Path) -> os.stat_result | None:
-    """Return what there is under a name, ``None`` if nothing; a dead link is as it stands."""
+    """Return the status of what is under a name, ``None`` if nothing is.
+
+    Of a symbolic link that leads nowhere, it is the link's own.
+    """
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -932,7 +946,7 @@ def describe_file(path: str | Path, on_block: Callable[[], None] = lambda: None)
 def build_metadata(task: Task, video_name: str, info: Object, now: datetime) -> dict[str, Any]:
     """Return what ``<stub>.json`` holds; ``now`` is naive local time, as the poller writes it."""
     row = task.row
-    told = {
+    task_json = {
         "task_id": task.task_id,
         "final_status": SUCCEEDED,
         "completion_time": text_of(row, "completion_time"),
@@ -942,7 +956,7 @@ def build_metadata(task: Task, video_name: str, info: Object, now: datetime) -> 
     }
     for name in EXTRA_FIELDS:
         if name in row and is_json(row[name]):
-            told[name] = row[name]
+            task_json[name] = row[name]
     seed = row.get("seed")
     return {
         "video_file": video_name,
@@ -950,7 +964,7 @@ def build_metadata(task: Task, video_name: str, info: Object, now: datetime) -> 
         "input_path": text_of(row, "image_path"),
         "prompt": row_prompt(row),
         "seed": seed if is_json(seed) else None,
-        "runway_task_json": told,
+        "runway_task_json": task_json,
         "target_filename_stub": text_of(row, "target_filename_stub"),
         "file_info": info,
     }
@@ -959,7 +973,7 @@ def build_metadata(task: Task, video_name: str, info: Object, now: datetime) -> 
 def is_json(value: object) -> bool:
     """Whether JSON can hold ``value``: no NaN, no endless nesting, nothing foreign."""
     try:
-        json.dumps(value, allow_nan=False, indent=2)
+        json.dumps(value, allow_nan=False, indent=2)  # as it will be written
     except (ValueError, TypeError, RecursionError):
         return False
     return True
@@ -995,13 +1009,13 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
 # --- The directory: what is there under a name ------------------------------------------------
 
 
-def no_space_left(directory: Path, told: object) -> JobError:
+def no_space_left(directory: Path, what_failed: object) -> JobError:
     where = printable(directory.absolute())
-    return JobError(f"no space left in {where}, {told} — make room, then run again")
+    return JobError(f"no space left in {where}, {what_failed} — make room, then run again")
 
 
 def directory_error(directory: Path, error: OSError | ValueError) -> JobError:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and is_full(error):
         return no_space_left(directory, "could not write a first file")
     reason = str(getattr(error, "strerror", None) or error).lower()
     what = f"the output directory {printable(directory)} cannot be used: {reason}"
@@ -1033,7 +1047,9 @@ class Place:
 
 @dataclass
 class Index:
-    """The output directory as one scan saw it, and a look at single names as they are now.
+    """What a run knows of the output directory: what one scan saw, and what it has done since.
+
+    `look` sees a single name as it is now.
 
     ``spellings`` are the names by what they fold to. ``homes`` are the stubs of metadata by the
     key of the task that they are about. ``promised`` are the folded stubs of videos that are on
@@ -1055,7 +1071,7 @@ class Index:
         index = cls(directory)
         for name in list_names(directory):
             index.spellings[fold(name)] = name
-            if name.startswith(HIDDEN_DIR):
+            if HIDDEN_DIR_NAME.fullmatch(name):
                 index.hidden.append(name)
         for stub, metadata in described_videos(directory, index.spellings.values()):
             index._note_home(owner_key(metadata), stub)
@@ -1064,7 +1080,7 @@ class Index:
     def _note_home(self, key: str, stub: str) -> None:
         """Remember where a task's metadata is; of several, the one whose video is there."""
         first = self.homes.get(key, stub)
-        if not key or (first != stub and file_bytes(self.directory / f"{first}.mp4")):
+        if not key or (first != stub and file_size(self.directory / f"{first}.mp4")):
             return
         self.homes[key] = stub
 
@@ -1158,7 +1174,7 @@ class Action(Enum):
     KEEP = "its video is there"
     REFILL = "its metadata is there, the video is to be downloaded"
     ADOPT = "a video without metadata is its own: it gets metadata"
-    ASK = "a video without metadata is there: the size that the server announces tells whose"
+    COMPARE = "a video without metadata is there: the size that the server announces tells whose"
     DOWNLOAD = "the name is free"
 
 
@@ -1214,7 +1230,7 @@ def is_default_name(task: Task, place: Place) -> bool:
 def plan_orphan_by_id(task: Task, place: Place) -> Plan:
     """Plan for a video whose name holds the task's id.
 
-    A task that polling gave up on has it, but adopts nothing: its facts are not known yet.
+    For a task that polling gave up on it is kept, without metadata: Runway has not confirmed it.
     """
     is_finished = task.state is State.SUCCEEDED
     action = Action.ADOPT if is_finished else Action.KEEP
@@ -1229,7 +1245,7 @@ def plan_free_place(task: Task, places: Sequence[Place], may_adopt: bool) -> Pla
             return Plan(task, place.path, Action.DOWNLOAD, place.size_bytes, holder)
         can_ask = may_adopt and task.key and task.state is State.SUCCEEDED
         if place.holding is Holding.ORPHAN and can_ask:
-            return Plan(task, place.path, Action.ASK, place.size_bytes, place.holder)
+            return Plan(task, place.path, Action.COMPARE, place.size_bytes, place.holder)
         holder = holder or place.holder
     hint = "move one of them away with its .json, then run again"
     taken = ", ".join(place.path.name for place in places)
@@ -1242,7 +1258,7 @@ def plan_all(tasks: Sequence[Task], index: Index) -> list[Plan]:
     index.wanted = Counter(fold(task.stub) for task in tasks)
     plans = []
     for task in tasks:
-        plan = plan_by_index(task, index) or plan_first(task, index)
+        plan = plan_by_index(task, index) or plan_or_guess(task, index)
         index.promised.setdefault(fold(plan.path.stem), task.key)
         plans.append(plan)
     return plans
@@ -1254,11 +1270,11 @@ def plan_by_index(task: Task, index: Index) -> Plan | None:
     if stub is None:
         return None
     path = index.directory / f"{stub}.mp4"
-    size = file_bytes(path)
+    size = file_size(path)
     return Plan(task, path, Action.KEEP, size) if size else None
 
 
-def plan_first(task: Task, index: Index) -> Plan:
+def plan_or_guess(task: Task, index: Index) -> Plan:
     """Return the plan for ``task``; what cannot be read is found out again, and said, later."""
     try:
         return plan_task(task, index)
@@ -1266,11 +1282,64 @@ def plan_first(task: Task, index: Index) -> Plan:
         return Plan(task, index.directory / f"{task.stub}.mp4", Action.DOWNLOAD)
 
 
+# --- The watch: what the thread that leads sees of the thread that works -----------------------
+
+HUNG_AFTER_TIMEOUTS = 3
+
+
+class Watch:
+    """Shared by a download's thread, which notes bytes, and the leading one, which looks on.
+
+    A download that has brought nothing for three timeouts is hung, whatever it is stuck in: a
+    name look-up, a head that drips without end, a proxy, a mount. The leader gives it up, and
+    its thread finds out at its next `check`.
+    """
+
+    def __init__(self, stop: threading.Event, timeout_s: float) -> None:
+        self._stop = stop
+        self._limit_s = HUNG_AFTER_TIMEOUTS * timeout_s
+        self._moved_s = math.inf  # on the monotonic clock; infinity while nothing is awaited
+        self._is_given_up = False
+        self.received_bytes = 0
+        self.paused_for = ""
+
+    def start(self) -> None:
+        self.paused_for = ""
+        self._moved_s = time.monotonic()
+
+    def pause(self, paused_for: str = "") -> None:
+        """Stop the clock: what follows may take any time. ``paused_for`` says what that is."""
+        self.paused_for = paused_for
+        self._moved_s = math.inf
+
+    def note(self, size_bytes: int = 0) -> None:
+        self.received_bytes += size_bytes
+        self._moved_s = time.monotonic()
+
+    def excuse(self, seconds: float) -> None:
+        """Do not count a time in which the whole program stood still, as after Ctrl-Z."""
+        self._moved_s += seconds
+
+    def check(self) -> None:
+        """Raise `Cancelled` when this thread is to touch nothing more."""
+        if self._is_given_up or self._stop.is_set():
+            raise Cancelled
+
+    def is_hung(self, now_s: float) -> bool:
+        return now_s - self._moved_s > self._limit_s
+
+    def give_up(self) -> Fault:
+        """Give the download up; return what to say of it."""
+        self._is_given_up = True
+        reason = f"nothing came for {self._limit_s:g} s, so it was given up"
+        return Fault(reason, "look at the network and the disk, then run again")
+
+
 # --- Hidden files: parts that are written, leftovers that can be resumed -----------------------
 
 LEFTOVER_KEPT_S = 7 * DAY_S
 HIDDEN_NAME = re.compile(r"[0-9a-f]{16}\..+\.(part|tmp|left)")
-MADE_BY_ANOTHER_S = 0.1
+CHMOD_PENDING_S = 0.1
 LISTING_KEPT_S = 1.0
 VALIDATOR_MAX_BYTES = 60  # it is kept in a file name, as base64
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -1315,7 +1384,7 @@ def parse_leftover(path: Path) -> Leftover | None:
     with contextlib.suppress(ValueError, OSError):
         _key, _random, total, validator, suffix = path.name.split(".")
         source = Source(int(total), base64.urlsafe_b64decode(validator).decode("latin-1"))
-        size = file_bytes(path) or 0
+        size = file_size(path) or 0
         has_some = source.is_nameable and 0 < size <= source.total_bytes
         if suffix == "left" and has_some and os.access(path, os.R_OK):
             return Leftover(path, size, source)
@@ -1349,7 +1418,7 @@ def is_process_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True
+        pass  # it is another user's
     return True
 
 
@@ -1372,8 +1441,9 @@ def age_s(path: Path) -> float:
 class HiddenFiles:
     """The hidden directory inside an output directory, where all that is unfinished lies.
 
-    Every file there belongs to the process that made it, whose name it bears. No other process
-    writes, renames or publishes it, so there is nothing to lock.
+    A part or temporary file there belongs to the process that made it, and bears its name: no
+    other process writes, renames or publishes it. A leftover belongs to nobody: any attempt may
+    copy or remove it. So there is nothing to lock.
     """
 
     def __init__(self, directory: Path, timeout_s: float) -> None:
@@ -1399,7 +1469,7 @@ class HiddenFiles:
         except (PermissionError, NotADirectoryError):
             if home == self._own_home:
                 raise
-        time.sleep(MADE_BY_ANOTHER_S)  # another user may be about to open it to us
+        time.sleep(CHMOD_PENDING_S)  # another user may be about to open it to us
         with contextlib.suppress(PermissionError, NotADirectoryError):
             return home / name, self._open_in(home, name)
         self.home = self._own_home
@@ -1433,7 +1503,7 @@ class HiddenFiles:
             os.chmod(home, self._directory_mode)
 
     def of_task(self, file_key: str, max_age_s: float = 0.0) -> list[Path]:
-        """Return the hidden files of one task, whoever made them, as at most so long ago."""
+        """Return the hidden files of one task, from a listing at most ``max_age_s`` old."""
         if time.monotonic() - self._listed_s >= max_age_s:
             self._listed_s = time.monotonic()
             self._names = []
@@ -1441,7 +1511,7 @@ class HiddenFiles:
                 self._names = os.listdir(self.home)
         return [self.home / name for name in self._names if name.startswith(f"{file_key}.")]
 
-    def are_in_other_hands(self, paths: Iterable[Path], own: Path | None) -> bool:
+    def is_another_run_at_work(self, paths: Iterable[Path], own: Path | None) -> bool:
         """Whether somebody else has a part among ``paths`` that still grows.
 
         A part that has not changed for ``timeout``, or whose process is gone, holds up nobody.
@@ -1512,15 +1582,15 @@ class HiddenFiles:
                     remove(path)
 
 
-def share_with_writers(path: Path, writers: int) -> None:
-    """Let all who may write to a directory of mode ``writers`` read ``path``, whatever our umask.
+def share_with_writers(path: Path, directory_mode: int) -> None:
+    """Let all who may write to the directory read the file ``path``, whatever our umask.
 
     Otherwise another user of a shared directory could not tell whose the videos are.
     """
     wanted = 0
-    if writers & stat.S_IWGRP:
+    if directory_mode & stat.S_IWGRP:
         wanted |= stat.S_IRGRP
-    if writers & stat.S_IWOTH:
+    if directory_mode & stat.S_IWOTH:
         wanted |= stat.S_IROTH
     if not wanted:
         return
@@ -1538,16 +1608,17 @@ def remove(path: Path) -> None:
 def close(file: BinaryIO) -> None:
     """Close a file to which perhaps nothing was written; nothing depends on what it holds."""
     with contextlib.suppress(OSError, ValueError):
-        finish_unwritten(file.fileno())
+        make_file_appear(file.fileno())
     with contextlib.suppress(OSError):
         file.close()
 
 
-def finish_unwritten(descriptor: int) -> None:
-    """Have an unwritten file made now, not later.
+def make_file_appear(descriptor: int) -> None:
+    """Have an unwritten file created now, not later.
 
-    Some mounts, rclone's among them, make it when it is closed for the second time. Until then
-    it comes back under its name if it is removed, or empties what is renamed over it.
+    Some mounts, rclone's among them, create a file only when a descriptor of it is closed. If
+    that comes late, the file is back after it was removed, or empties what was renamed over it.
+    So a duplicate is closed first.
     """
     os.close(os.dup(descriptor))
 
@@ -1608,7 +1679,7 @@ class Part:
     def begin(self, source: Source | None) -> None:
         """Say what the bytes to come are the beginning of; ``None`` if they cannot be resumed.
 
-        Bytes of another object go, in a file of their own: nothing is ever cut and used again.
+        Bytes already here are discarded with their file: a file is never cut and used again.
         """
         if self.size_bytes:
             self.source = None
@@ -1680,13 +1751,13 @@ class Part:
         Nothing happens to one that was published or discarded. The leading thread may call this
         while another thread is stuck with the file.
         """
-        is_resumable = self.source is not None and self.source.is_nameable and self.size_bytes > 0
+        source = self.source  # the thread that is stuck may still change it
         try:
-            if not is_resumable or self.source is None:
+            if source is None or not source.is_nameable or self.size_bytes == 0:
                 remove(self.path)
                 return
             sync_path(self.path)
-            os.rename(self.path, self.path.with_name(leftover_name(self._file_key, self.source)))
+            os.rename(self.path, self.path.with_name(leftover_name(self._file_key, source)))
             self._hidden.keep_one_leftover(self._file_key)
         except FileNotFoundError:
             pass
@@ -1697,59 +1768,6 @@ class Part:
         """Close the file and let go of it."""
         close(self._file)
         self.let_go()
-
-
-# --- The watch: what the thread that leads sees of the thread that works -----------------------
-
-HUNG_AFTER_TIMEOUTS = 3
-
-
-class Watch:
-    """Shared by a download's thread, which notes bytes, and the leading one, which looks on.
-
-    A download that has brought nothing for three timeouts is hung, whatever it is stuck in: a
-    name look-up, a head that drips without end, a proxy, a mount. The leader gives it up, and
-    its thread finds out at its next `check`.
-    """
-
-    def __init__(self, stop: threading.Event, timeout_s: float) -> None:
-        self._stop = stop
-        self._limit_s = HUNG_AFTER_TIMEOUTS * timeout_s
-        self._moved_s = math.inf  # on the monotonic clock; infinity while nothing is awaited
-        self._is_given_up = False
-        self.received_bytes = 0
-        self.paused_for = ""
-
-    def start(self) -> None:
-        self.paused_for = ""
-        self._moved_s = time.monotonic()
-
-    def pause(self, paused_for: str = "") -> None:
-        """Await nothing, but what may take as long as it likes, such as commands."""
-        self.paused_for = paused_for
-        self._moved_s = math.inf
-
-    def note(self, size_bytes: int = 0) -> None:
-        self.received_bytes += size_bytes
-        self._moved_s = time.monotonic()
-
-    def excuse(self, seconds: float) -> None:
-        """Do not count a time in which the whole program stood still, as after Ctrl-Z."""
-        self._moved_s += seconds
-
-    def check(self) -> None:
-        """Raise `Cancelled` when this thread is to touch nothing more."""
-        if self._is_given_up or self._stop.is_set():
-            raise Cancelled
-
-    def is_hung(self, now_s: float) -> bool:
-        return now_s - self._moved_s > self._limit_s
-
-    def give_up(self) -> Fault:
-        """Give the download up; return what to say of it."""
-        self._is_given_up = True
-        reason = f"nothing came for {self._limit_s:g} s, so it was given up"
-        return Fault(reason, "look at the network and the disk, then run again")
 
 
 # --- HTTP: a client that every download shares -------------------------------------------------
@@ -1845,7 +1863,7 @@ class HttpClient:
         return VideoSession(lambda: self._adapter)
 
     def forget_connections(self) -> None:
-        """Use no idle connection again; those in use end with what they bring.
+        """Use no idle connection again; those in use are closed after their answers.
 
         After a fault others may be dead as well, and a server that answers one request twice
         would shift every later answer by one.
@@ -2022,7 +2040,10 @@ def content_range(headers: Mapping[str, str]) -> tuple[int, int | None]:
 
 
 def read_validator(headers: Mapping[str, str]) -> str:
-    """Return the strong ETag, else Last-Modified (section 13.1.5), ``""`` if there is neither."""
+    """Return the ETag, or without one Last-Modified (section 13.1.5).
+
+    Returns ``""`` if there is neither, or the ETag is weak.
+    """
     validator = (headers.get("ETag") or headers.get("Last-Modified") or "").strip()
     is_usable = validator.isascii() and validator.isprintable()
     return validator if is_usable and not validator.startswith("W/") else ""
@@ -2087,7 +2108,7 @@ def read_blocks(response: requests.Response, watch: Watch, timeout_s: float) -> 
     can_read_what_is_there = hasattr(raw, "read1")
     read = raw.read1 if can_read_what_is_there else raw.read
     most = READ_BYTES if can_read_what_is_there else SHORT_READ_BYTES
-    gate = RateGate(timeout_s)
+    stall = StallDetector(timeout_s)
     decode = is_encoded(response.headers)
     most_gathered = BLOCK_BYTES // TLS_RECORD_BYTES if response.url.startswith("https") else 0
     gathered: list[bytes] = []
@@ -2105,21 +2126,18 @@ def read_blocks(response: requests.Response, watch: Watch, timeout_s: float) -> 
         gathered.append(piece)
         is_in_a_burst = came == TLS_RECORD_BYTES and len(gathered) < most_gathered
         if is_in_a_burst:
-            gate.count(came)
+            stall.count(came)
             continue
         yield b"".join(gathered)
         gathered.clear()
         if not piece and not came:
             return
-        gate.count(came)
-        gate.check()
+        stall.count(came)
+        stall.check()
 
 
-class RateGate:
-    """Counts bytes of a body, and says when they come below 1 kB/s.
-
-    ``window_s`` is over how many seconds.
-    """
+class StallDetector:
+    """Raises `TransientError` when a body comes slower than 1 kB/s over ``window_s`` seconds."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
@@ -2144,7 +2162,7 @@ class RateGate:
 RUNWAY_BASE_URL = "https://api.dev.runwayml.com"
 RUNWAY_VERSION = "2024-11-06"
 ANSWER_MAX_BYTES = BYTES_PER_MB
-UNKNOWN = "unknown"  # the status of a task that Runway does not know
+NOT_FOUND = "not found"  # stands for a status, where Runway does not know the task
 
 
 @dataclass(frozen=True)
@@ -2185,7 +2203,7 @@ class Runway:
     def _read_answer(self, response: requests.Response, watch: Watch) -> Answer:
         status = response.status_code
         if status == 404:
-            return Answer(UNKNOWN)
+            return Answer(NOT_FOUND)
         if status != 200 and not is_retried(status):
             hint = "see RUNWAYML_API_SECRET and RUNWAYML_BASE_URL"
             raise TaskError(f"HTTP {status}", hint, http_status=status)
@@ -2194,7 +2212,7 @@ class Runway:
         body = b""
         for block in read_blocks(response, watch, self._client.timeout_s):
             body += block
-            if len(body) > ANSWER_MAX_BYTES - READ_BYTES:
+            if len(body) > ANSWER_MAX_BYTES - READ_BYTES:  # the next block would pass the limit
                 raise TaskError("the answer is too long", "see RUNWAYML_BASE_URL")
         return parse_answer(body)
 
@@ -2207,7 +2225,9 @@ def parse_answer(body: bytes) -> Answer:
         raise TransientError("the answer is not JSON, or not all of it came") from None
     link = row_link(task)
     status = row_status(task) or (SUCCEEDED if link else "")
-    if not re.fullmatch("[A-Z_]{1,20}", status):  # whatever it is, it might hold the key
+    if not re.fullmatch(
+        "[A-Z_]{1,20}", status
+    ):  # printed it might show the key, if a server echoes it
         raise TaskError("the answer holds no status", "see RUNWAYML_BASE_URL")
     return Answer(status, link)
 
@@ -2268,12 +2288,12 @@ class LinkSource:
         reason = f"the answer holds no video (status {answer.status})"
         if answer.link:
             reason = f"it says {answer.status}, which is none of its statuses"
-        if answer.status == UNKNOWN:
+        if answer.status == NOT_FOUND:
             reason = "it does not know the task"
         raise self._no_help(Fault(reason, "see the task in Runway, or RUNWAYML_BASE_URL"))
 
     def _no_help(self, fault: Fault) -> TaskError:
-        """Return that Runway was no help, and against what it was to help."""
+        """Return the error for a link that failed, and that Runway could not replace."""
         if self._task.state is State.UNFINISHED:
             return TaskError(f"Runway API: {fault.why}", fault.hint, "", fault.http_status)
         reason = f"{self._refusal.reason}; Runway API: {fault.why}"
@@ -2312,7 +2332,7 @@ PART_GONE_MAX = 10
 
 
 class Retries:
-    """Counts the tries of one link and says how long to wait for the next.
+    """Counts the tries of one download, whatever its link, and says how long to wait.
 
     ``started_s`` and ``now_s`` are on the monotonic clock; ``jitter`` is from 0 to 1.
     """
@@ -2339,7 +2359,7 @@ class Retries:
             self._most_bytes = size_bytes
 
     def delay_s(self, error: TransientError, now_s: float, jitter: float) -> float:
-        """Return how long to wait before the next try; raises `TaskError` if none is left."""
+        """Count a failure and return how long to wait; raises `TaskError` if no try is left."""
         fault = error.fault
         if error.wait_s > RETRY_AFTER_MAX_S:
             reason = f"{fault.reason} and asks to wait {error.wait_s:.0f} s"
@@ -2482,7 +2502,7 @@ def publish_video(part: Part, plan: Plan, info: Object, hidden: HiddenFiles) -> 
 
 def remove_what_is_no_video(path: Path, seen_bytes: int | None) -> None:
     """Remove an empty file, text or a cut MP4 that was seen under the name; the rest stays."""
-    size = file_bytes(path)
+    size = file_size(path)
     if size is None or size != seen_bytes:
         return
     if size and inspect_path(path, size) in KEPT:
@@ -2494,7 +2514,7 @@ def remove_what_is_no_video(path: Path, seen_bytes: int | None) -> None:
 def holds_video(path: Path, info: Object) -> bool:
     """Whether the file ``path`` holds the bytes that ``info`` describes."""
     with contextlib.suppress(OSError):
-        return file_bytes(path) == info["size_bytes"] and describe_file(path) == info
+        return file_size(path) == info["size_bytes"] and describe_file(path) == info
     return False
 
 
@@ -2521,7 +2541,7 @@ def put_metadata(
         write_new(path, encode_metadata(metadata), task.file_key, hidden)
         return True
     if not task.owns(there):
-        raise FileExistsError
+        raise FileExistsError(errno.EEXIST, "it is another task's, or another program's", path)
     update_metadata(path, there, {"file_info": info}, task.file_key, hidden)
     return False
 
@@ -2557,7 +2577,7 @@ def confirm_metadata(
 
 def remove_if_empty(path: Path) -> None:
     """Remove an empty file: it is nobody's, perhaps of a run that was killed."""
-    if file_bytes(path) == 0:
+    if file_size(path) == 0:
         os.unlink(path)
 
 
@@ -2595,7 +2615,8 @@ def write_hidden(data: bytes, file_key: str, hidden: HiddenFiles) -> Path:
 def write_exclusively(path: Path, data: bytes) -> None:
     try:
         with open(path, "xb", buffering=0) as file:
-            file.write(data)
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             sync_file(file.fileno())
         share_with_writers(path, stat.S_IMODE(os.stat(path.parent).st_mode))
     except FileExistsError:
@@ -2625,7 +2646,7 @@ def give_name(hidden_path: Path, final: Path) -> None:
 
 def rename_over_empty(hidden_path: Path, final: Path) -> None:
     descriptor = os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    finish_unwritten(descriptor)
+    make_file_appear(descriptor)
     os.close(descriptor)
     try:
         os.replace(hidden_path, final)
@@ -2696,9 +2717,10 @@ class Download:
         """
         self.watch.start()
         try:
-            return self._attempt()
-        except LinkDead as error:
-            return self._without_link(error.fault)
+            try:
+                return self._attempt()
+            except LinkDead as error:
+                return self._without_link(error.fault)
         except TransientError as error:
             return self._later_or_failed(error)
         except TaskError as error:
@@ -2709,7 +2731,7 @@ class Download:
             self.watch.pause()
 
     def failed(self, fault: Fault) -> Outcome:
-        """Return that it failed; before Runway has said that the task SUCCEEDED, it only asked."""
+        """Return the outcome of a failure: UNASKED as long as nobody knows that it SUCCEEDED."""
         status = Status.FAILED if self._links.has_succeeded else Status.UNASKED
         return self._outcome(status, fault=fault)
 
@@ -2726,12 +2748,12 @@ class Download:
     def _without_link(self, fault: Fault) -> Outcome:
         """Take the video that is there, if no other task of this run wants its name; else fail."""
         is_alone = self._tools.index.wanted[fold(self.plan.path.stem)] <= 1
-        if self.plan.action is Action.ASK and is_alone:
+        if self.plan.action is Action.COMPARE and is_alone:
             note = f"  ℹ️ Taken for this task's, since its link could not be asked: {fault.why}"
             adopted = self._adopt(note)
             if adopted:
                 return adopted
-        if self.plan.action is Action.ASK:
+        if self.plan.action is Action.COMPARE:
             may_be_it = f"{printable(self.plan.path.name)} may be its video, but nobody can tell"
             fault = replace(fault, detail=", ".join(filter(None, [fault.detail, may_be_it])))
         return self.failed(fault)
@@ -2756,14 +2778,14 @@ class Download:
         """
         own = self.part.path if self.part else None
         there = self._tools.hidden.of_task(self.task.file_key, max_age_s)
-        if self._tools.hidden.are_in_other_hands(there, own):
+        if self._tools.hidden.is_another_run_at_work(there, own):
             why = "a video that another run has in hand"
             raise Later(random.uniform(0.1, 0.4), why, is_in_other_hands=True)
         return there
 
     def _bring_into(self, part: Part, leftover: Leftover | None) -> Outcome:
         """Look at the directory, ask for what is missing, and publish it."""
-        self._look(self._may_adopt)
+        self.plan = plan_task(self.task, self._tools.index, self._may_adopt)
         if self.plan.action is Action.KEEP:
             return self._outcome(Status.EXISTS)
         if self.plan.action is Action.ADOPT:
@@ -2782,9 +2804,6 @@ class Download:
         part.finish()
         return self._publish(part, self._check_content(part))
 
-    def _look(self, may_adopt: bool) -> None:
-        self.plan = plan_task(self.task, self._tools.index, may_adopt)
-
     def let_go(self) -> None:
         """Let go of the part, for a thread that is stuck with it."""
         if self.part:
@@ -2792,7 +2811,7 @@ class Download:
 
     def _may_resume(self, leftover: Leftover | None) -> bool:
         """Whether to ask for the rest of ``leftover``, and not for all."""
-        if leftover is None or self.plan.action is Action.ASK:
+        if leftover is None or self.plan.action is Action.COMPARE:
             return False  # the size that is announced for all of it tells whose the video is
         return leftover.is_whole or not self._retries.is_last
 
@@ -2802,22 +2821,18 @@ class Download:
         """Ask and receive, unless the answer shows that the video there is this task's own."""
         link = self._links.get(self.watch)
         if self.task.state is State.UNFINISHED:
-            self.plan = replace(self.plan, task=self.task.succeeded(link))
-            self._may_adopt = False  # nobody knew of this video, so none on disk can be it
-            self._look(may_adopt=False)
+            task = self.task.succeeded(link)
+            self._may_adopt = False  # its link was not known until now, so no earlier run has it
+            self.plan = plan_task(task, self._tools.index, may_adopt=False)
         response = self._request(link, leftover)
+        if leftover and refuses_a_range(response, leftover):
+            response.close()
+            leftover = None
+            response = self._request(link, None)
         with response:
             if leftover and not resumes(response, leftover):
                 leftover = None
-                if response.status_code != 200 and not is_retried(response.status_code):
-                    response.close()
-                    return self._transfer_all(part, self._request(link, None))
             return self._receive_from(response, part, leftover)
-
-    def _transfer_all(self, part: Part, response: requests.Response) -> Outcome | None:
-        """Receive all, since the server refused only a part: that is no refusal of the link."""
-        with response:
-            return self._receive_from(response, part, None)
 
     def _request(self, link: str, leftover: Leftover | None) -> requests.Response:
         headers = {"Accept-Encoding": "identity"}
@@ -2836,7 +2851,7 @@ class Download:
             raise Later(0.0, "a fresh link from Runway") from None
         check_encodings(response.headers)
         head = read_head(response)
-        is_own = self.plan.action is Action.ASK and head.total_bytes == self.plan.size_bytes
+        is_own = self.plan.action is Action.COMPARE and head.total_bytes == self.plan.size_bytes
         if is_own and response.status_code == 200:
             adopted = self._adopt()
             if adopted:
@@ -2854,7 +2869,7 @@ class Download:
     def _receive(self, response: requests.Response, part: Part, head: Head) -> None:
         """Write the body to the part and count it against what the head announced.
 
-        Where it announced nothing, and nothing came, the head was cut.
+        If no length was announced, at least one byte must come.
         """
         announced = response.raw.length_remaining
         before = response.raw.tell()
@@ -2864,7 +2879,8 @@ class Download:
         finally:
             self._retries.progressed(part.size_bytes, is_whole=part.size_bytes == head.total_bytes)
         came = response.raw.tell() - before
-        is_short = came < (1 if announced is None else announced)
+        expected = 1 if announced is None else announced
+        is_short = came < expected
         is_miscounted = head.total_bytes is not None and head.total_bytes != part.size_bytes
         if is_short or is_miscounted:
             raise TransientError("the connection was cut")
@@ -2874,6 +2890,7 @@ class Download:
         """Return what came; raise for a video that is not whole, or is no video."""
         with disk_errors("read the video back"):
             content = inspect_path(part.path, part.size_bytes)
+        # Without a length, what looks like surplus may be a box that was cut in its head.
         is_cut = content is Content.SURPLUS and not self._is_length_known
         if content is Content.CUT or is_cut:
             part.discard()
@@ -2895,7 +2912,7 @@ class Download:
                 with disk_errors("put the video in place"):
                     publish_video(part, self.plan, info, self._tools.hidden)
             except FileExistsError:
-                self._look(may_adopt=False)
+                self.plan = plan_task(self.task, self._tools.index, may_adopt=False)
                 if self.plan.action is Action.KEEP:
                     return self._outcome(Status.EXISTS)
                 continue
@@ -2954,6 +2971,15 @@ class Download:
         )
 
 
+def refuses_a_range(response: requests.Response, leftover: Leftover) -> bool:
+    """Whether the answer helps neither with the rest of ``leftover`` nor with all of the video.
+
+    That is no refusal of the link: it is asked once more, for all.
+    """
+    status = response.status_code
+    return not (resumes(response, leftover) or status == 200 or is_retried(status))
+
+
 def resumes(response: requests.Response, leftover: Leftover) -> bool:
     """Whether the answer goes on where ``leftover`` ends, with the same object."""
     if response.status_code != 206:
@@ -2983,7 +3009,8 @@ class Command:
             words = tuple(given)
         if not words or not shutil.which(words[0]):
             raise ValueError(f"there is no such command: {given!r}")
-        for in_braces in re.findall(r"\{\s*[\w-]*(?:[.!:][^{}]*)?\s*\}", " ".join(words)):
+        # One word in braces, perhaps with a format behind it; a shell's ${WORD} is its own affair.
+        for in_braces in re.findall(r"(?<!\$)\{\s*[\w-]*(?:[.!:][^{}]*)?\s*\}", " ".join(words)):
             if in_braces not in ("{video}", "{metadata}"):
                 raise ValueError(f"{in_braces} is not {{video}} or {{metadata}}")
         unclosed = re.search(r"\{(?:video|metadata)(?!\w*\})", " ".join(words))
@@ -2992,7 +3019,7 @@ class Command:
         return cls(words)
 
     @property
-    def mark(self) -> str:
+    def receipt(self) -> str:
         """What metadata holds once this command has taken a video."""
         return digest("\0".join(self.words))[:12]
 
@@ -3006,25 +3033,24 @@ class Command:
         return [either.sub(lambda match: paths[match[0]], word) for word in self.words]
 
 
-def marks_of(metadata: Object | None) -> list[str]:
-    """Return the marks of the commands that took the video; older versions had no list."""
-    marks = (metadata or {}).get("handed_over")
-    return [each for each in marks if isinstance(each, str)] if isinstance(marks, list) else []
+def receipts_of(metadata: Object) -> list[str]:
+    """Return the receipts of the commands that took the video; older versions had no list."""
+    receipts = metadata.get("handed_over")
+    if not isinstance(receipts, list):
+        return []
+    return [each for each in receipts if isinstance(each, str)]
 
 
 def commands_due(path: Path, commands: Sequence[Command]) -> list[Command]:
-    """Return the commands that have not taken the video ``path`` yet.
+    """Return the commands that have not taken the video ``path`` yet; raises OSError.
 
     A video without metadata is handed over to none: nothing could remember that it was.
     """
-    if not commands:
+    metadata = read_metadata(path.with_suffix(".json")) if commands else None
+    if not metadata:
         return []
-    with contextlib.suppress(OSError):
-        metadata = read_metadata(path.with_suffix(".json"))
-        if metadata:
-            marks = marks_of(metadata)
-            return [each for each in commands if each.mark not in marks]
-    return []
+    receipts = receipts_of(metadata)
+    return [each for each in commands if each.receipt not in receipts]
 
 
 def hand_over(outcome: Outcome, tools: Tools) -> Outcome:
@@ -3035,19 +3061,20 @@ def hand_over(outcome: Outcome, tools: Tools) -> Outcome:
     if not outcome.is_on_disk:
         return outcome
     notes = list(outcome.notes)
-    is_kept_waiting = False
-    for command in commands_due(outcome.path, tools.commands):
-        try:
-            run_command(command, outcome.path, tools.stop)
-            with disk_errors("record that it was handed over"):
+    try:
+        with disk_errors("read or write its metadata, for --exec"):
+            for command in commands_due(outcome.path, tools.commands):
+                run_command(command, outcome.path, tools.stop)
                 record_hand_over(command, outcome, tools.hidden)
-        except Cancelled:  # the next run hands it over
-            is_kept_waiting = True
-            break
-        except TaskError as error:
-            return replace(outcome, fault=error.fault, notes=tuple(notes))
-        notes.append(f"  🔧 Handed over: {command.name}")
-    return replace(outcome, notes=tuple(notes), is_kept_waiting=is_kept_waiting)
+                notes.append(f"  🔧 Handed over: {command.name}")
+    except Cancelled:  # the next run hands it over
+        return replace(outcome, notes=tuple(notes), is_kept_waiting=True)
+    except TaskError as error:
+        return replace(outcome, notes=tuple(notes), fault=error.fault)
+    except DiskFull as error:
+        fault = Fault(f"no space left, {error}", "make room, then run again with --exec")
+        return replace(outcome, notes=tuple(notes), fault=fault)
+    return replace(outcome, notes=tuple(notes))
 
 
 def record_hand_over(command: Command, outcome: Outcome, hidden: HiddenFiles) -> None:
@@ -3056,8 +3083,8 @@ def record_hand_over(command: Command, outcome: Outcome, hidden: HiddenFiles) ->
     there = read_metadata(path)
     if not there:
         return
-    marks = marks_of(there)
-    changes: dict[str, Any] = {"handed_over": [*marks, command.mark]}
+    receipts = [*receipts_of(there), command.receipt]
+    changes: dict[str, Any] = {"handed_over": receipts}
     before = as_object(there.get("file_info"))
     if outcome.path.exists():
         now = describe_file(outcome.path)
@@ -3101,8 +3128,11 @@ def wait_for(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
             process.wait(STOP_POLL_S)
     if process.returncode:  # Ctrl-C may have ended both, and reach us a moment later
         stop.wait(5 * STOP_POLL_S)
-    if stop.is_set():
+    if stop.is_set() and process.returncode != 0:
         process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10 * STOP_POLL_S)
+        process.kill()
         raise Cancelled
 
 
@@ -3155,13 +3185,10 @@ class Report:
         }
 
     @property
-    def on_disk(self) -> int:
-        return self.count(Status.DOWNLOADED) + self.count(Status.EXISTS)
-
-    @property
     def unfinished(self) -> int:
         """How many tasks were found and have come to no end."""
-        return max(0, self.found - self.on_disk - self.count(Status.FAILED))
+        ended = sum(outcome.status in COUNTED for outcome in self.outcomes)
+        return max(0, self.found - ended)
 
     @property
     def latest(self) -> list[Outcome]:
@@ -3171,7 +3198,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        has_fault = any(outcome.fault for outcome in self.outcomes)
+        has_fault = any(outcome.fault for outcome in self.latest)
         return 3 if has_fault or self.problems else 0
 
     def as_json(self, exit_code: int, error: str) -> dict[str, Any]:
@@ -3201,7 +3228,10 @@ class Report:
 
 
 def outcome_block(outcome: Outcome, number: str) -> list[str]:
-    """Return the block of lines about one task; ``number`` is ``k/N``."""
+    """Return the block of lines about one task, in the words that its users know.
+
+    ``number`` is ``k/N``. It is printed when the task is done, so that its lines stand together.
+    """
     name = printable(outcome.path.name)
     lines = ["", f"  {number} Task {shown_id(outcome.task.task_id)}"]
     if outcome.status is Status.DOWNLOADED:
@@ -3229,7 +3259,7 @@ def download_lines(outcome: Outcome, name: str) -> Iterator[str]:
     yield f"  📄 Metadata saved: {name.removesuffix('.mp4')}.json"
 
 
-MARKS = {
+EMOJI = {
     Status.DOWNLOADED: "✅",
     Status.EXISTS: "⚠️",
     Status.FAILED: "❌",
@@ -3241,7 +3271,7 @@ MARKS = {
 def outcome_line(outcome: Outcome, number: str) -> str:
     """Return one line about one task of many, with what is worth knowing behind it."""
     name = printable(outcome.path.name)
-    mark = "❌" if outcome.fault else MARKS[outcome.status]
+    mark = "❌" if outcome.fault else EMOJI[outcome.status]
     told = [line.strip() for line in outcome.notes]
     if outcome.warning:
         told.append(f"⚠️ kept, though {outcome.warning}")
@@ -3257,7 +3287,7 @@ def runway_says(status: str) -> str:
     """Say how far Runway says that a task has come which polling gave up on."""
     if status in ENDED_STATUSES:
         return f"Not succeeded: Runway says {status}"
-    if status == UNKNOWN:
+    if status == NOT_FOUND:
         return "Not succeeded: unknown to Runway"
     return f"Not finished: Runway says {printable(status)}; run again later"
 
@@ -3289,9 +3319,9 @@ def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
         return []
     new = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
     names = list(dict.fromkeys([*(name for name in new if name in sizes), *sorted(sizes)]))
-    shown = [f"• {printable(name)} ({megabytes(sizes[name])})" for name in names[:LISTED]]
-    if len(names) > LISTED:
-        shown.append(f"… and {len(names) - LISTED:,} more")
+    shown = [f"• {printable(name)} ({megabytes(sizes[name])})" for name in names[:VIDEOS_LISTED]]
+    if len(names) > VIDEOS_LISTED:
+        shown.append(f"… and {len(names) - VIDEOS_LISTED:,} more")
     total = megabytes(sum(sizes.values()))
     return [
         "",
@@ -3315,19 +3345,18 @@ def video_sizes(directory: Path) -> dict[str, int]:
 
 def failure_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """Return what is wrong, grouped: the reason and the advice once, then the names."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
     for outcome in outcomes:
         fault = outcome.fault
         if fault:
             noun = "unfinished task" if outcome.status is Status.UNASKED else "video"
-            names = groups.setdefault((f"❌ {noun}", fault.reason, fault.hint), [])
+            names = groups.setdefault(("❌", noun, fault.reason, fault.hint), [])
             names.append(f"{outcome.label}: {fault.detail}" if fault.detail else outcome.label)
         if outcome.warning:
-            kept = f"kept, though {outcome.warning}"
-            groups.setdefault(("⚠️ video", kept, "look at it"), []).append(outcome.label)
+            group = ("⚠️", "video", f"kept, though {outcome.warning}", "look at it")
+            groups.setdefault(group, []).append(outcome.label)
     lines = []
-    for (kind, reason, hint), names in groups.items():
-        mark, noun = kind.split(" ", 1)
+    for (mark, noun, reason, hint), names in groups.items():
         lines.append("")
         lines.append(f"{mark} {counted(len(names), noun)}: {reason}")
         lines.extend(f"    {name}" for name in shortened(names, NAMES_SHOWN))
@@ -3345,34 +3374,35 @@ class Verdict:
 
 def verdict(report: Report) -> Verdict | None:
     """Return the one sentence that is true of the whole run, ``None`` if one task was all."""
-    if report.found < 2:
+    outcomes = [outcome for outcome in report.latest if outcome.status in COUNTED]
+    found = len(outcomes) + report.unfinished
+    if found < 2:
         return None
-    outcomes = report.latest
-    bad = sum(outcome.fault is not None and outcome.status in COUNTED for outcome in outcomes)
+    on_disk = sum(outcome.is_on_disk for outcome in outcomes)
+    bad = sum(outcome.fault is not None for outcome in outcomes)
     waiting = sum(outcome.is_kept_waiting for outcome in outcomes)
     if report.unfinished or waiting:
-        return Verdict(stopped_sentence(report, bad, waiting), is_bad=True)
-    on_disk = f"{report.on_disk:,} of {report.found:,} on disk"
+        return Verdict(stopped_sentence(report, on_disk, bad, waiting), is_bad=True)
     if bad:
-        some_bad = f"❌ {bad:,} of {report.found:,} with a problem, {report.on_disk:,} on disk"
-        return Verdict(some_bad, is_bad=True)
+        return Verdict(f"❌ {bad:,} of {found:,} with a problem, {on_disk:,} on disk", is_bad=True)
+    all_there = f"{on_disk:,} of {found:,} on disk"
     if report.exit_code:
-        return Verdict(f"❌ {on_disk}, but another problem is named above", is_bad=True)
-    return Verdict(f"✅ {on_disk}", is_bad=False)
+        return Verdict(f"❌ {all_there}, but another problem is named above", is_bad=True)
+    return Verdict(f"✅ {all_there}", is_bad=False)
 
 
-def stopped_sentence(report: Report, bad: int, waiting: int) -> str:
+def stopped_sentence(report: Report, on_disk: int, bad: int, waiting: int) -> str:
     """Say how far a run came that was stopped, with ``waiting`` videos not handed over."""
-    told = [f"{report.on_disk:,} on disk"]
+    parts = [f"{on_disk:,} on disk"]
     if bad:
-        told.append(f"{bad:,} with a problem")
-    if report.unfinished:
-        told.append(f"{report.unfinished:,} not finished")
+        parts.append(f"{bad:,} with a problem")
     if waiting:
-        told.append(f"{waiting:,} not handed over")
+        parts.append(f"{waiting:,} not handed over")
+    if report.unfinished:
+        parts.append(f"{report.unfinished:,} not finished")
     if report.kept_bytes:
-        told.append(f"{megabytes(report.kept_bytes)} of them kept")
-    return f"⏸ stopped: {', '.join(told)}"
+        parts.append(f"{megabytes(report.kept_bytes)} of them kept")
+    return f"⏸ stopped: {', '.join(parts)}"
 
 
 # --- The console ---------------------------------------------------------------------------------
@@ -3440,7 +3470,7 @@ class Console:
             self._print(sys.stderr if self._as_json else sys.stdout, lines)
 
     def complain(self, *lines: str) -> None:
-        """Print what is wrong; empty lines set it off, where there is something else."""
+        """Print what is wrong; with ``quiet``, without the empty lines that set it off."""
         self._print(sys.stderr, [line for line in lines if line or not self._quiet])
 
     def begin(self, total: int) -> None:
@@ -3449,16 +3479,17 @@ class Console:
         self._total = total
         self._rates = deque([(self._clock(), 0)])
 
-    def show_outcome(self, outcome: Outcome, is_worth_it: bool = True) -> None:
+    def show_outcome(self, outcome: Outcome, is_shown: bool = True) -> None:
         """Print what became of a task, in a block, or in one line if there are many."""
         self._shown += 1
+        if not is_shown:
+            return
         number = f"{self._shown}/{self._total}"
-        if self._total > BLOCKS_SHOWN:
-            is_news = outcome.status is not Status.EXISTS or outcome.notes or outcome.fault
-            if is_worth_it and is_news:
-                self.say(outcome_line(outcome, number))
-        elif is_worth_it:
+        is_news = outcome.status is not Status.EXISTS or outcome.notes or outcome.fault
+        if self._total <= BLOCKS_SHOWN:
             self.say(*outcome_block(outcome, number))
+        elif is_news:
+            self.say(outcome_line(outcome, number))
 
     def show_summary(
         self, report: Report, directory: Path, error_lines: Sequence[str] = ()
@@ -3528,7 +3559,7 @@ class Console:
 # --- The run: many downloads in parallel --------------------------------------------------------
 
 STOP_GRACE_S = 1.0
-STOOD_STILL_S = 1.0  # nothing but a program that stood still leaves the leader waiting so long
+STOOD_STILL_S = 1.0  # who oversleeps by more was stopped as a whole: by Ctrl-Z, or a suspend
 OPEN_FILES_KEPT = 16  # for the program itself
 OPEN_FILES_PER_WORKER = 6  # connection, part, metadata, what a command needs
 
@@ -3631,8 +3662,8 @@ class Waiting:
 class Listener:
     """Whom a run tells: of each outcome, of bytes received and what it waits for, and lines."""
 
-    on_outcome: Callable[[Outcome], None]
-    on_progress: Callable[[int, str], None]
+    show_outcome: Callable[[Outcome], None]
+    show_progress: Callable[[int, str], None]
     say: Callable[..., None]
 
 
@@ -3663,24 +3694,27 @@ class Run:
         try:
             while self._is_at_work() and not self._tools.stop.is_set():
                 self._start_what_is_due()
-                self._workers.wait(self._patience_s())
+                self._wait()
                 self._take_results()
-                since_s = time.monotonic() - ticked_s
-                if since_s >= TICK_S:
-                    ticked_s += since_s
-                    self._tick(ticked_s, since_s)
+                if time.monotonic() - ticked_s >= TICK_S:
+                    ticked_s = time.monotonic()
+                    self._give_up_what_hangs(ticked_s)
+                    self._listener.show_progress(self._bytes(), self._waiting_for())
+                    self._say_to_wait()
         finally:
-            self._tools.stop.set()
+            if self._is_at_work():
+                self._tools.stop.set()
             self._wind_up()
 
-    def _tick(self, now_s: float, since_s: float) -> None:
-        """Look after the downloads, ``since_s`` seconds after the last time."""
-        if since_s > STOOD_STILL_S:
+    def _wait(self) -> None:
+        """Wait for an attempt to end, or for the next tick."""
+        patience_s = self._patience_s()
+        began_s = time.monotonic()
+        self._workers.wait(patience_s)
+        overslept_s = time.monotonic() - began_s - patience_s
+        if overslept_s > STOOD_STILL_S:
             for download in self._running:
-                download.watch.excuse(since_s)
-        self._give_up_what_hangs(now_s)
-        self._listener.on_progress(self._bytes(), self._waiting_for())
-        self._say_to_wait()
+                download.watch.excuse(overslept_s)
 
     def _is_at_work(self) -> bool:
         return bool(self._plans or self._running or self._backing_off or self._elsewhere)
@@ -3727,7 +3761,7 @@ class Run:
             raise result
         elif isinstance(result, Outcome):
             self._received_bytes += download.watch.received_bytes
-            self._listener.on_outcome(result)
+            self._listener.show_outcome(result)
 
     def _give_up_what_hangs(self, now_s: float) -> None:
         for download in [each for each in self._running if each.watch.is_hung(now_s)]:
@@ -3735,7 +3769,7 @@ class Run:
             self._workers.replace_one()
             fault = download.watch.give_up()
             try_for(STOP_GRACE_S, download.let_go)
-            self._listener.on_outcome(download.failed(fault))
+            self._listener.show_outcome(download.failed(fault))
 
     def _wind_up(self) -> None:
         """Take what ends within a moment, and let go of the parts of what does not."""
@@ -3787,12 +3821,12 @@ class Run:
 class Found:
     """What results files hold: the tasks to bring home, each once, and the files' ``errors``.
 
-    ``unasked`` are those that polling gave up on lately, about which Runway could be asked with
-    the key. ``chosen`` counts the rows that the command line chose, whatever became of them.
+    ``askable`` are those that polling gave up on lately, about which Runway could be asked if
+    there were a key. ``chosen`` counts the rows that the command line chose, whatever became of them.
     """
 
     tasks: list[Task]
-    unasked: list[Task]
+    askable: list[Task]
     errors: list[str]
     chosen: int
 
@@ -3811,9 +3845,10 @@ def read_tasks(
     recent_keys: set[str] = set()
     errors = []
     for path in paths:
+        # A time that is nonsense counts as now.
         saved_s = parse_time(saved_at(path).isoformat()) or time.time()
         try:
-            chosen = read_file(path, saved_s, console, name_row, choice)
+            chosen = read_one_file(path, saved_s, console, name_row, choice)
         except JobError as error:
             errors.append(str(error))
             continue
@@ -3822,15 +3857,15 @@ def read_tasks(
             recent_keys.update(task.key for task in chosen)
     merged = merge_tasks(found)
     tell_of_passed_over(merged, console)
-    tasks = [task for task in merged if is_brought_home(task)]
-    unasked = []
+    tasks = [task for task in merged if is_to_be_fetched(task)]
+    askable = []
     if not api_key():
         unfinished = [task for task in merged if task.state is State.UNFINISHED]
-        unasked = [task for task in unfinished if task.key in recent_keys]
-    return Found(tasks, unasked, errors, len(found))
+        askable = [task for task in unfinished if task.key in recent_keys]
+    return Found(tasks, askable, errors, len(found))
 
 
-def read_file(
+def read_one_file(
     path: Path,
     saved_s: float,
     console: Console,
@@ -3856,7 +3891,7 @@ def tell_of_passed_over(tasks: Iterable[Task], console: Console) -> None:
 def tell_of_rows(tasks: Sequence[Task], left_out: int, console: Console) -> None:
     """Say how many rows of one file SUCCEEDED, and what is done about the others."""
     states = Counter(task.state for task in tasks)
-    asked = sum(is_brought_home(task) for task in tasks) - states[State.SUCCEEDED]
+    asked = sum(is_to_be_fetched(task) for task in tasks) - states[State.SUCCEEDED]
     old = states[State.UNFINISHED] - asked if api_key() else 0
     ended = Counter(row_status(task.row) for task in tasks if task.state is State.ENDED)
     told = [f"{count:,} {status}" for status, count in ended.items()]
@@ -3873,12 +3908,14 @@ def tell_of_rows(tasks: Sequence[Task], left_out: int, console: Console) -> None
         console.say(f"  ℹ️ Left out, as not chosen: {left_out:,}")
 
 
-def warn_of_unasked(tasks: Sequence[Task], directory: Path, console: Console) -> None:
+def warn_without_key(tasks: Sequence[Task], directory: Path, console: Console) -> None:
     """Say that the key would have Runway asked about tasks whose videos are not there."""
     if not tasks:
         return
-    plans = plan_all(tasks, Index.scan(directory))
-    missing = sum(plan.action is not Action.KEEP for plan in plans)
+    index = Index(directory)
+    with contextlib.suppress(JobError):  # the run finds out, and says, that it cannot be listed
+        index = Index.scan(directory)
+    missing = sum(plan.action is not Action.KEEP for plan in plan_all(tasks, index))
     if missing:
         count = counted(missing, "task")
         advice = "set RUNWAYML_API_SECRET and run again, and Runway is asked about them"
@@ -3932,9 +3969,9 @@ class VideoDownloader:
         if isinstance(commands, str):
             raise TypeError("commands is a list of commands, each a text or a list of words")
         self.output_dir = Path(output_dir)
-        self.workers = check_setting("workers", workers, 1, MAX_WORKERS)
-        self.timeout = check_setting("timeout", timeout, 0.001, DAY_S)
-        self.retries = check_setting("retries", retries, 0, 1000)
+        self.workers = check_setting("workers", workers, int, 1, MAX_WORKERS)
+        self.timeout = check_setting("timeout", timeout, (int, float), 0.001, DAY_S)
+        self.retries = check_setting("retries", retries, int, 0, 1000)
         self.quiet = quiet
         self.commands = tuple(Command.parse(each) for each in commands)
         self.on_outcome = on_outcome
@@ -3961,7 +3998,7 @@ class VideoDownloader:
         self.on_progress = None
         self._start_afresh(Console(self.quiet), Report())
 
-    # What the orchestrator calls
+    # What orchestrators call: names and results are fixed
 
     @property
     def stats(self) -> dict[str, int]:
@@ -4011,42 +4048,46 @@ class VideoDownloader:
     def process_succeeded_task(self, task: Object) -> bool:
         """Bring the video of row ``task`` to disk; return whether it is there, new or before."""
         row = as_object(task)
-        read = task_from_row(row, self.generate_filename_stub(row))
+        parsed = task_from_row(row, self.generate_filename_stub(row))
         is_under_way = row_status(row) in ("RUNNING", "THROTTLED")
-        if read.state in (State.UNFINISHED, State.UNKNOWN) and read.link and not is_under_way:
-            read = read.succeeded(read.link)  # the caller says so, and there is a link
-        reason = why_not_processed(read)
+        if parsed.state in (State.UNFINISHED, State.UNKNOWN) and parsed.link and not is_under_way:
+            parsed = parsed.succeeded(parsed.link)  # the caller says so, and there is a link
+        reason = why_not_processed(parsed)
         if reason:
-            self._console.complain(f"❌ task {shown_id(read.task_id)}: {reason}")
+            self._console.complain(f"❌ task {shown_id(parsed.task_id)}: {reason}")
             return False
-        before = len(self._report.outcomes)
-        on_disk = self._run_safely([read])
-        for outcome in self._report.outcomes[before:]:
-            if outcome.fault:
-                self._console.complain(f"❌ {outcome.label}: {outcome.error}")
-            elif outcome.status is Status.NOT_SUCCEEDED:
-                self._console.complain(f"❌ {outcome.label}: {runway_says(outcome.runway_status)}")
+        with self._call():
+            before = len(self._report.outcomes)
+            on_disk = self._run_safely([parsed])
+            for outcome in self._report.outcomes[before:]:
+                self._complain_of(outcome)
         return on_disk == 1
+
+    def _complain_of(self, outcome: Outcome) -> None:
+        if outcome.fault:
+            self._console.complain(f"❌ {outcome.label}: {outcome.error}")
+        elif outcome.status is Status.NOT_SUCCEEDED:
+            self._console.complain(f"❌ {outcome.label}: {runway_says(outcome.runway_status)}")
 
     def process_polling_results_file(self, path: str | Path) -> int:
         """Bring all videos of results file ``path`` to disk; return how many are there now."""
         with self._call():
             found = read_tasks([Path(path)], self._console, self.generate_filename_stub)
             self._console.complain(*(f"❌ {error}" for error in found.errors))
-            warn_of_unasked(found.unasked, self.output_dir, self._console)
-            self._index = None
+            warn_without_key(found.askable, self.output_dir, self._console)
+            self._index = None  # a run of a file looks at the directory anew
             return self._run_safely(found.tasks)
 
     def create_metadata_json(
         self, task: Object, video_path: str | Path, metadata_path: str | Path
     ) -> bool:
         """Write the metadata of row ``task`` and the video on disk; return whether it worked."""
-        read = task_from_row(as_object(task))
+        parsed = task_from_row(as_object(task))
         video = Path(video_path)
         try:
             with disk_errors(f"describe {video}"):
                 info = describe_file(video)
-                put_metadata(Path(metadata_path), read, video.name, info, self._hidden())
+                put_metadata(Path(metadata_path), parsed, video.name, info, self._hidden())
         except (DownloaderError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             self._console.complain(f"❌ {printable(metadata_path)}: {printable(reason)}")
@@ -4111,7 +4152,7 @@ class VideoDownloader:
         jobs = []
         settled = 0
         for plan in plans:
-            if plan.action is not Action.KEEP or commands_due(plan.path, self.commands):
+            if plan.action is not Action.KEEP or self._is_due(plan.path):
                 jobs.append(plan)
                 continue
             settled += 1
@@ -4123,6 +4164,13 @@ class VideoDownloader:
             more = counted(settled - EXISTING_SHOWN, "more video")
             self._console.say("", f"  ⚠️ {more} already there")
         return sorted(jobs, key=lambda job: (job.is_there, link_expiry(job.task.link)))
+
+    def _is_due(self, path: Path) -> bool:
+        """Whether a command is to take the video, or its metadata cannot be read just now."""
+        try:
+            return bool(commands_due(path, self.commands))
+        except OSError:
+            return True
 
     def _work(
         self,
@@ -4233,10 +4281,11 @@ class VideoDownloader:
         return index
 
 
-def check_setting(name: str, value: Any, low: float, high: float) -> Any:
+def check_setting(name: str, value: Any, kind: Any, low: float, high: float) -> Any:
     """Return ``value``; raises TypeError or ValueError for an impossible one."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, kind):
+        what = "a whole number" if kind is int else "a number"
+        raise TypeError(f"{name} must be {what}, not {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
     return value
@@ -4305,7 +4354,7 @@ def preview_of(plan: Plan, now_s: float) -> Preview:
     elif not task.link:
         kind = "without a link"
     can_renew = bool(api_key() and task.task_id)
-    is_lost = kind != "to do" and not can_renew and plan.action is not Action.ASK
+    is_lost = kind != "to do" and not can_renew and plan.action is not Action.COMPARE
     fault = None
     if is_lost:
         reason = "the link has expired" if is_expired else NO_LINK
@@ -4339,7 +4388,7 @@ def check_video(path: Path, metadata: Object) -> Outcome:
     task = replace(
         task_from_row(as_object(metadata.get("runway_task_json"))), state=State.SUCCEEDED
     )
-    size = file_bytes(path)
+    size = file_size(path)
     try:
         with disk_errors("read it"):
             check_against(path, size, as_object(metadata.get("file_info")))
@@ -4574,7 +4623,7 @@ def write_gallery(directory: Path, hidden: HiddenFiles, console: Console) -> str
     videos = []
     for stub, metadata in described_videos(directory, list_names(directory)):
         path = directory / f"{stub}.mp4"
-        size = file_bytes(path)
+        size = file_size(path)
         if size:
             videos.append((path, size, metadata))
     data = render_gallery(videos).encode(errors="replace")
@@ -4588,7 +4637,7 @@ def write_gallery(directory: Path, hidden: HiddenFiles, console: Console) -> str
             remove(temporary)
     except OSError as error:
         if is_full(error):
-            raise disk_error(error, f"write the gallery {printable(page)}") from None
+            raise no_space_left(directory, "could not write the gallery") from None
         return f"could not write the gallery {printable(page)}: {error.strerror}"
     console.say("", f"🖼️ Gallery: {printable(page)} ({counted(len(videos))})")
     return ""
@@ -4817,7 +4866,7 @@ def read_chosen_tasks(options: Namespace, console: Console, report: Report) -> l
         raise JobError(*found.errors)
     console.complain(*(f"❌ {error}" for error in found.errors))
     report.problems.extend(found.errors)
-    warn_of_unasked(found.unasked, options.output_dir, console)
+    warn_without_key(found.askable, options.output_dir, console)
     if options.only and not found.chosen:
         ids = printable(", ".join(options.only))
         raise JobError(f"no task matches --only {ids}: give an id, or its first 8 characters")
@@ -4861,7 +4910,8 @@ def run_to_the_end(options: Namespace, console: Console, report: Report) -> Endi
     except JobError as error:
         return Ending(1, error.args)
     except OSError as error:  # the current directory is gone
-        return Ending(1, (printable(error.strerror),))
+        reason = printable(error.strerror or error)
+        return Ending(1, (f"the current directory cannot be used: {reason}",))
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         return Ending(
@@ -4886,7 +4936,7 @@ def make_gallery(options: Namespace, console: Console, report: Report) -> None:
 
 
 def end_by_signal(number: int, _frame: object) -> NoReturn:
-    """Handle the first signal by raising: a kill at any instant is harmless, so this is."""
+    """Raise at the first signal. That is safe anywhere, since even a kill is."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # `timeout` and CI runners send two
     raise KeyboardInterrupt(number)
@@ -4904,8 +4954,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(options.quiet, options.json)
     report = Report()
     ending = run_to_the_end(options, console, report)
-    is_about_input = ending is not None and ending.exit_code == 1 and not report.is_run
-    if options.gallery and (ending is None or is_about_input):
+    has_not_begun = ending is not None and ending.exit_code == 1 and not report.is_run
+    if options.gallery and (ending is None or has_not_begun):  # it shows what earlier runs brought
         make_gallery(options, console, report)
     console.clear_line()
     error_lines = ending.lines if ending else ()
