@@ -3822,7 +3822,7 @@ class Found:
     """What results files hold: the tasks to bring home, each once, and the files' ``errors``.
 
     ``askable`` are those that polling gave up on lately, about which Runway could be asked if
-    there were a key. ``chosen`` counts the rows that the command line chose, whatever became of them.
+    there were a key. ``chosen`` counts the rows that the command line chose.
     """
 
     tasks: list[Task]
