@@ -3738,8 +3738,12 @@ class Run:
 
     def _patience_s(self) -> float:
         """Return how long to wait for a result: until the next attempt is due, or a tick."""
-        due = [heap[0].due_s for heap in (self._backing_off, self._elsewhere) if heap]
-        return max(0.0, min([TICK_S, *(each - time.monotonic() for each in due)]))
+        due = [TICK_S + time.monotonic()]
+        if self._backing_off:
+            due.append(self._backing_off[0].due_s)
+        if self._elsewhere and self._free_slots() > 0:
+            due.append(self._elsewhere[0].due_s)
+        return max(0.0, min(due) - time.monotonic())
 
     def _take_results(self) -> None:
         """Take the attempts that have ended; Ctrl-C at any moment loses none of them."""
@@ -4307,6 +4311,9 @@ def why_not_processed(task: Task) -> str:
 # --- Looking without downloading: --dry-run and --verify ----------------------------------------
 
 
+RENEW_HINT = "set RUNWAYML_API_SECRET to fetch a fresh one"
+
+
 def dry_run(tasks: Sequence[Task], directory: Path, console: Console, report: Report) -> None:
     """List what a run would do, soonest to expire first; no request, nothing written."""
     report.begin(tasks)
@@ -4336,31 +4343,28 @@ def preview_of(plan: Plan, now_s: float) -> Preview:
     """Return what a run would do for ``plan``."""
     task = plan.task
     if plan.is_there:
-        return Preview(
-            Outcome(task, Status.EXISTS, plan.path, plan.size_bytes), "already there", ""
-        )
+        there = Outcome(task, Status.EXISTS, plan.path, plan.size_bytes)
+        return Preview(there, "already there", "")
+    pending = Outcome(task, Status.PENDING, plan.path, plan.size_bytes)
     if task.state is State.UNFINISHED:
-        pending = Outcome(task, Status.PENDING, plan.path)
         return Preview(pending, "would be asked about", "Runway would be asked about it")
-    said = expiry_text(task.link, now_s)
-    is_expired = said.startswith("expired")
-    if said:
-        said = f"the link {said}" if is_expired else f"the link is {said}"
-    else:
-        said = "the link does not say when it expires" if task.link else NO_LINK
-    kind = "to do"
-    if is_expired:
-        kind = "expired"
-    elif not task.link:
-        kind = "without a link"
-    can_renew = bool(api_key() and task.task_id)
-    is_lost = kind != "to do" and not can_renew and plan.action is not Action.COMPARE
-    fault = None
-    if is_lost:
-        reason = "the link has expired" if is_expired else NO_LINK
-        fault = Fault(reason, "set RUNWAYML_API_SECRET to fetch a fresh one", said)
-    status = Status.FAILED if is_lost else Status.PENDING
-    return Preview(Outcome(task, status, plan.path, plan.size_bytes, fault), kind, said)
+    if not task.link:
+        return preview_without_link(pending, plan, "without a link", Fault(NO_LINK, RENEW_HINT))
+    expiry = expiry_text(task.link, now_s)
+    if expiry.startswith("expired"):
+        fault = Fault("the link has expired", RENEW_HINT, f"the link {expiry}")
+        return preview_without_link(pending, plan, "expired", fault)
+    said = f"the link is {expiry}" if expiry else "the link does not say when it expires"
+    return Preview(pending, "to do", said)
+
+
+def preview_without_link(pending: Outcome, plan: Plan, kind: str, fault: Fault) -> Preview:
+    """Return what a run would do without a live link: ask Runway, compare sizes, or fail."""
+    said = fault.detail or fault.reason
+    can_renew = bool(api_key() and plan.task.task_id)
+    if can_renew or plan.action is Action.COMPARE:
+        return Preview(pending, kind, said)
+    return Preview(replace(pending, status=Status.FAILED, fault=fault), kind, said)
 
 
 def verify(directory: Path, console: Console, report: Report) -> None:
