@@ -114,7 +114,7 @@ import unicodedata
 from argparse import Namespace
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import Enum
 from glob import glob
@@ -153,10 +153,7 @@ HIDDEN_DIR = ".dsv"
 HIDDEN_DIR_NAME = re.compile(r"\.dsv(-[0-9a-f]{8})?")
 GALLERY_NAME = "index.html"
 
-DEFAULT_WORKERS = 32
 MAX_WORKERS = 64
-DEFAULT_TIMEOUT_S = 30.0
-DEFAULT_RETRIES = 3
 
 BYTES_PER_MB = 1024 * 1024
 NAME_MAX_BYTES = 143  # eCryptfs and encrypted folders of some NAS take no longer names
@@ -692,8 +689,11 @@ def owner_key(metadata: Object) -> str:
 
 def wanted_stub(row: Object) -> str:
     """Return the name that ``row`` asks for, made safe, without suffix."""
-    default = f"video_{row_id(row)[:8] or 'unknown'}"
-    return safe_stub(text_of(row, "target_filename_stub")) or safe_stub(default)
+    return safe_stub(text_of(row, "target_filename_stub")) or default_stub(row_id(row))
+
+
+def default_stub(task_id: str) -> str:
+    return safe_stub(f"video_{task_id[:8] or 'unknown'}")
 
 
 def row_state(row: Object) -> State:
@@ -1224,7 +1224,7 @@ def plan_task(task: Task, index: Index, may_adopt: bool = True) -> Plan:
 
 def is_default_name(task: Task, place: Place) -> bool:
     """Whether the name is ``video_<id>``, which holds the id, too."""
-    return bool(task.task_id) and place.path.stem == safe_stub(f"video_{task.task_id[:8]}")
+    return bool(task.task_id) and place.path.stem == default_stub(task.task_id)
 
 
 def plan_orphan_by_id(task: Task, place: Place) -> Plan:
@@ -1292,7 +1292,7 @@ class Watch:
 
     A download that has brought nothing for three timeouts is hung, whatever it is stuck in: a
     name look-up, a head that drips without end, a proxy, a mount. The leader gives it up, and
-    its thread finds out at its next `check`.
+    its thread finds out at its next `check`. Who waits on purpose calls `pause` first.
     """
 
     def __init__(self, stop: threading.Event, timeout_s: float) -> None:
@@ -2659,6 +2659,32 @@ def rename_over_empty(hidden_path: Path, final: Path) -> None:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What a user may set, under the names of the options; ``timeout`` is in seconds.
+
+    Raises TypeError or ValueError for an impossible value.
+    """
+
+    workers: int = 32
+    timeout: float = 30.0
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        check_setting("workers", self.workers, int, 1, MAX_WORKERS)
+        check_setting("timeout", self.timeout, (int, float), 0.001, DAY_S)
+        check_setting("retries", self.retries, int, 0, 1000)
+
+
+def check_setting(name: str, value: Any, kind: Any, low: float, high: float) -> None:
+    """Raise TypeError or ValueError for an impossible value."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        what = "a whole number" if kind is int else "a number"
+        raise TypeError(f"{name} must be {what}, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+
+
+@dataclass(frozen=True)
 class Tools:
     """What all downloads of a run use; ``stop`` ends them."""
 
@@ -2666,8 +2692,7 @@ class Tools:
     hidden: HiddenFiles
     client: HttpClient
     runway: Runway
-    timeout_s: float
-    retries: int
+    settings: Settings
     commands: Sequence[Command]
     stop: threading.Event
 
@@ -2695,12 +2720,12 @@ class Download:
 
     def __init__(self, plan: Plan, tools: Tools) -> None:
         self.plan = plan
-        self.watch = Watch(tools.stop, tools.timeout_s)
+        self.watch = Watch(tools.stop, tools.settings.timeout)
         self.part: Part | None = None
         self._tools = tools
         self._session = tools.client.session()
         self._links = LinkSource(plan.task, tools.runway)
-        self._retries = Retries(tools.retries, time.monotonic())
+        self._retries = Retries(tools.settings.retries, time.monotonic())
         self._notes = Notes()
         self._may_adopt = True
         self._is_length_known = True
@@ -2874,7 +2899,7 @@ class Download:
         announced = response.raw.length_remaining
         before = response.raw.tell()
         try:
-            for block in read_blocks(response, self.watch, self._tools.timeout_s):
+            for block in read_blocks(response, self.watch, self._tools.settings.timeout):
                 part.write(block)
         finally:
             self._retries.progressed(part.size_bytes, is_whole=part.size_bytes == head.total_bytes)
@@ -3560,6 +3585,9 @@ class Console:
 
 STOP_GRACE_S = 1.0
 STOOD_STILL_S = 1.0  # who oversleeps by more was stopped as a whole: by Ctrl-Z, or a suspend
+# The usual 8 MB each leave none for the rest under `ulimit -v`, where Python may then wait for ever
+# for a thread that could not begin.
+THREAD_STACK_BYTES = 1024 * 1024
 OPEN_FILES_KEPT = 16  # for the program itself
 OPEN_FILES_PER_WORKER = 6  # connection, part, metadata, what a command needs
 
@@ -3960,9 +3988,9 @@ class VideoDownloader:
         self,
         output_dir: str | os.PathLike[str] = DEFAULT_OUTPUT_DIR,
         *,
-        workers: int = DEFAULT_WORKERS,
-        timeout: float = DEFAULT_TIMEOUT_S,
-        retries: int = DEFAULT_RETRIES,
+        workers: int = Settings.workers,
+        timeout: float = Settings.timeout,
+        retries: int = Settings.retries,
         quiet: bool = False,
         commands: Sequence[str | Sequence[str]] = (),
         on_outcome: Callable[[Outcome], None] | None = None,
@@ -3973,9 +4001,7 @@ class VideoDownloader:
         if isinstance(commands, str):
             raise TypeError("commands is a list of commands, each a text or a list of words")
         self.output_dir = Path(output_dir)
-        self.workers = check_setting("workers", workers, int, 1, MAX_WORKERS)
-        self.timeout = check_setting("timeout", timeout, (int, float), 0.001, DAY_S)
-        self.retries = check_setting("retries", retries, int, 0, 1000)
+        self.settings = Settings(workers, timeout, retries)
         self.quiet = quiet
         self.commands = tuple(Command.parse(each) for each in commands)
         self.on_outcome = on_outcome
@@ -4007,6 +4033,18 @@ class VideoDownloader:
     @property
     def stats(self) -> dict[str, int]:
         return self._report.stats
+
+    @property
+    def workers(self) -> int:
+        return self.settings.workers
+
+    @property
+    def timeout(self) -> float:
+        return self.settings.timeout
+
+    @property
+    def retries(self) -> int:
+        return self.settings.retries
 
     def find_all_polling_results(self, directory: str | Path = ".") -> list[Path]:
         """Return the results files in ``directory``, its ``video_outputs`` and the output
@@ -4185,16 +4223,15 @@ class VideoDownloader:
         stop: threading.Event,
     ) -> None:
         """Carry ``jobs`` out in worker threads; report each in this one."""
-        workers = min(self.workers, len(jobs))
+        workers = min(self.settings.workers, len(jobs))
         self._tls_context = self._tls_context or make_tls_context()
-        client = HttpClient(self._tls_context, self.timeout, workers)
+        client = HttpClient(self._tls_context, self.settings.timeout, workers)
         tools = Tools(
             index=index,
             hidden=hidden,
             client=client,
             runway=Runway(client),
-            timeout_s=self.timeout,
-            retries=self.retries,
+            settings=self.settings,
             commands=self.commands,
             stop=stop,
         )
@@ -4234,7 +4271,7 @@ class VideoDownloader:
             with contextlib.suppress(OSError):
                 sync_path(self.output_dir)
 
-        try_for(STOP_GRACE_S if left else self.timeout, tidy)
+        try_for(STOP_GRACE_S if left else self.settings.timeout, tidy)
 
     def _record(self, outcome: Outcome, is_shown: bool = True) -> None:
         """Count ``outcome``, print it, and tell the caller."""
@@ -4258,7 +4295,7 @@ class VideoDownloader:
     # The directory
 
     def _hidden(self) -> HiddenFiles:
-        return HiddenFiles(self.output_dir, self.timeout)
+        return HiddenFiles(self.output_dir, self.settings.timeout)
 
     def _check_directory(self) -> None:
         """Make the output directory; raises `JobError` if it cannot be made or written."""
@@ -4283,16 +4320,6 @@ class VideoDownloader:
             index = Index.scan(self.output_dir)
             self._index = index
         return index
-
-
-def check_setting(name: str, value: Any, kind: Any, low: float, high: float) -> Any:
-    """Return ``value``; raises TypeError or ValueError for an impossible one."""
-    if isinstance(value, bool) or not isinstance(value, kind):
-        what = "a whole number" if kind is int else "a number"
-        raise TypeError(f"{name} must be {what}, not {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
-    return value
 
 
 def why_not_processed(task: Task) -> str:
@@ -4759,21 +4786,21 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--workers",
         type=bounded(int, 1, MAX_WORKERS),
-        default=DEFAULT_WORKERS,
+        default=Settings.workers,
         metavar="N",
         help=f"videos at a time, 1 to {MAX_WORKERS} {default}",
     )
     how.add_argument(
         "--timeout",
         type=bounded(float, 0.001, DAY_S),
-        default=DEFAULT_TIMEOUT_S,
+        default=Settings.timeout,
         metavar="SECONDS",
         help=f"for connecting and for each wait for data {default}",
     )
     how.add_argument(
         "--retries",
         type=bounded(int, 0, 1000),
-        default=DEFAULT_RETRIES,
+        default=Settings.retries,
         metavar="N",
         help=f"more tries after one that brought nothing {default}",
     )
@@ -4886,11 +4913,10 @@ def carry_out(options: Namespace, console: Console, report: Report) -> None:
     if options.dry_run:
         dry_run(tasks, options.output_dir, console, report)
         return
+    settings = {each.name: getattr(options, each.name) for each in fields(Settings)}
     downloader = VideoDownloader(
         options.output_dir,
-        workers=options.workers,
-        timeout=options.timeout,
-        retries=options.retries,
+        **settings,
         commands=[command.words for command in options.commands],
         console=console,
         report=report,
@@ -4986,6 +5012,7 @@ def print_json(document: Object, console: Console) -> int:
 
 def run_as_a_program() -> NoReturn:
     """Run the command line and exit at once: worker threads may still wait for a server."""
+    threading.stack_size(THREAD_STACK_BYTES)
     try:
         exit_code = main()
     except KeyboardInterrupt as interrupt:  # while its last lines are printed
