@@ -26,8 +26,9 @@ exit codes:
   1   could not do the job: no results file, unreadable input,
       output directory, disk full
   2   bad command line
-  3   done, but at least one video (or, under --all, one results file),
-      a hand-over or the gallery failed; a rerun tries just those again
+  3   done, but at least one video (or one of several results files),
+      a question to Runway, a hand-over or the gallery failed;
+      a rerun tries just those again
   129, 130, 143   stopped by SIGHUP, Ctrl-C, SIGTERM
 
 environment:
@@ -38,7 +39,7 @@ environment:
 """
 
 # The file reads as the data flows. A chapter uses those above it, but for types that it only
-# names; within a chapter, what decides comes before what it is made of.
+# names.
 #
 #     errors, text                      words that all chapters use
 #     results files, names, rows        what there is to bring home, and under which name
@@ -263,7 +264,7 @@ class TransientError(TaskError):
 
 
 class PartGone(TransientError):
-    """A hidden file is gone, and the download begins anew.
+    """A hidden file is gone or could not be copied, and the download begins again.
 
     That does not count as a try, up to ``PART_GONE_MAX`` times.
     """
@@ -284,7 +285,7 @@ def is_full(error: OSError) -> bool:
 
 
 def disk_error(error: OSError, action: str) -> DownloaderError:
-    """Return what an OSError of the local disk, met when we wanted to ``action``, means.
+    """Return our error for an OSError of the local disk; ``action`` is what we were doing.
 
     A full disk ends the run, too many open files will pass, and the rest fails the task.
     """
@@ -534,7 +535,7 @@ def row_id(row: Object) -> str:
 
 
 def row_status(row: Object) -> str:
-    """Return the status in capitals; the poller's goes before the one at submission."""
+    """Return the status in capitals; the poller's takes precedence over the one at submission."""
     status = text_of(row, "final_status", "status").strip().upper()
     return "CANCELLED" if status == "CANCELED" else status
 
@@ -770,21 +771,21 @@ class Rows:
 
 def read_rows(results: Object, name_row: Callable[[Object], str], saved_s: float) -> Rows:
     """Read all rows of a results object; ``name_row`` gives each row's stub."""
-    found = Rows([], [])
+    rows_read = Rows([], [])
     rows = results.get("task_results")
     for number, row in enumerate(rows if isinstance(rows, list) else [], 1):
-        found.wrong.extend(f"row {number}: {each}" for each in wrong_with_row(row))
+        rows_read.wrong.extend(f"row {number}: {each}" for each in wrong_with_row(row))
         if isinstance(row, dict):
-            found.tasks.append(task_from_row(row, name_row(row), saved_s))
-    return found
+            rows_read.tasks.append(task_from_row(row, name_row(row), saved_s))
+    return rows_read
 
 
 def merge_tasks(tasks: Iterable[Task]) -> list[Task]:
-    """Return each task once, by the first of the best rows that there are of it.
+    """Return each task once, from its best row; of equals, the first. Expects the latest first.
 
     A row that says SUCCEEDED is better than one that does not, then one with a link is better
     than one without, then one that says FAILED or CANCELLED is better than one that says nothing
-    final. The freshest rows come first.
+    final.
     """
     merged: dict[str, Task] = {}
     for number, task in enumerate(tasks):
@@ -817,8 +818,8 @@ class Choice:
             return False
         if is_named(task.task_id, self.skip):
             return False
-        part, parts = self.shard
-        return int(digest(fold(task.stub)), 16) % parts == part - 1
+        number, count = self.shard
+        return int(digest(fold(task.stub)), 16) % count == number - 1
 
 
 def is_named(task_id: str, names: Iterable[str]) -> bool:
@@ -847,8 +848,9 @@ class Content(Enum):
 # Worth keeping even if it is odd: the link may not work a second time.
 KEPT = {Content.WHOLE, Content.SURPLUS, Content.OTHER}
 
-_BOXES = set(b"ftyp styp moov moof mdat free skip wide pnot meta uuid sidx mfra pdin udta".split())
-_BOXES |= {b"emsg"}
+_BOXES = set(
+    b"ftyp styp moov moof mdat free skip wide pnot meta uuid sidx mfra pdin udta emsg".split()
+)
 _TEXT = re.compile(rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z")  # or UTF-16
 _LOOK_BYTES = 512 * 1024
 
@@ -877,7 +879,7 @@ def walk_boxes(file: BinaryIO, size_bytes: int) -> Content:
     offset = 0
     while offset < size_bytes:
         file.seek(offset)
-        head = file.read(16).ljust(16, b"\xff")  # what is missing makes it longer than the file
+        head = file.read(16).ljust(16, b"\xff")  # a cut head claims more than there is
         kind = head[4:8]
         length = int.from_bytes(head[:4], "big")
         if length == 1:
@@ -1074,10 +1076,10 @@ class Index:
             if HIDDEN_DIR_NAME.fullmatch(name):
                 index.hidden.append(name)
         for stub, metadata in described_videos(directory, index.spellings.values()):
-            index._note_home(owner_key(metadata), stub)
+            index._note_stub(owner_key(metadata), stub)
         return index
 
-    def _note_home(self, key: str, stub: str) -> None:
+    def _note_stub(self, key: str, stub: str) -> None:
         """Remember where a task's metadata is; of several, the one whose video is there."""
         first = self.homes.get(key, stub)
         if not key or (first != stub and file_size(self.directory / f"{first}.mp4")):
@@ -1182,7 +1184,7 @@ class Action(Enum):
 class Plan:
     """What to do for ``task``, whose video is to have the name ``path``.
 
-    ``size_bytes`` is of the file that is there. ``holder`` says why it is not the wanted name.
+    ``size_bytes`` is of the file that is there. ``holder`` says why ``path`` is not the wanted name.
     """
 
     task: Task
@@ -1253,7 +1255,7 @@ def plan_free_place(task: Task, places: Sequence[Place], may_adopt: bool) -> Pla
 
 
 def plan_all(tasks: Sequence[Task], index: Index) -> list[Plan]:
-    """Plan ``tasks`` in order, so that a rerun gives each the same name, which it is promised."""
+    """Plan ``tasks`` and promise each its name; in order, so that a rerun chooses the same ones."""
     index.promised.clear()
     index.wanted = Counter(fold(task.stub) for task in tasks)
     plans = []
@@ -1292,7 +1294,7 @@ class Watch:
 
     A download that has brought nothing for three timeouts is hung, whatever it is stuck in: a
     name look-up, a head that drips without end, a proxy, a mount. The leader gives it up, and
-    its thread finds out at its next `check`. Who waits on purpose calls `pause` first.
+    its thread finds out at its next `check`. A thread that waits on purpose calls `pause`.
     """
 
     def __init__(self, stop: threading.Event, timeout_s: float) -> None:
@@ -1391,9 +1393,12 @@ def parse_leftover(path: Path) -> Leftover | None:
     return None
 
 
-def newest_leftover(paths: Iterable[Path]) -> Leftover | None:
+def best_leftover(paths: Iterable[Path]) -> Leftover | None:
+    """Return the longest leftover of the object that the newest one is the beginning of."""
     found = [each for each in map(parse_leftover, paths) if each]
-    return min(found, key=lambda each: age_s(each.path), default=None)
+    newest = min(found, key=lambda each: age_s(each.path), default=None)
+    same = [each for each in found if newest and each.source == newest.source]
+    return max(same, key=lambda each: each.size_bytes, default=None)
 
 
 def random_hex() -> str:
@@ -1401,8 +1406,8 @@ def random_hex() -> str:
 
 
 @functools.cache
-def host_name() -> str:
-    """Return what tells this machine, and this namespace of process ids, from all others."""
+def host_id() -> str:
+    """Return an id for this machine and its namespace of process ids."""
     facts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         facts.append(os.readlink("/proc/self/ns/pid"))
@@ -1426,7 +1431,7 @@ def owner_is_gone(name: str) -> bool:
     """Whether the hidden file ``name`` is of a process of this host that has ended."""
     fields = name.split(".")
     host, _, pid = fields[1].partition("-") if len(fields) > 2 else ("", "", "")
-    is_local = host == host_name() and pid.isdecimal()
+    is_local = host == host_id() and pid.isdecimal()
     return is_local and not is_process_alive(int(pid))
 
 
@@ -1462,7 +1467,7 @@ class HiddenFiles:
         A hidden directory that is gone is made again. One that cannot be used, since it is
         another user's or no directory, is replaced by one of our own.
         """
-        name = f"{file_key}.{host_name()}-{os.getpid()}.{random_hex()}.{suffix}"
+        name = f"{file_key}.{host_id()}-{os.getpid()}.{random_hex()}.{suffix}"
         home = self.home
         try:
             return home / name, self._open_in(home, name)
@@ -1525,7 +1530,7 @@ class HiddenFiles:
     def keep_one_leftover(self, file_key: str) -> None:
         """Remove all leftovers of a task but the one that is resumed next."""
         paths = self.of_task(file_key)
-        best = newest_leftover(paths)
+        best = best_leftover(paths)
         for path in paths:
             if path.suffix == ".left" and (best is None or path != best.path):
                 remove(path)
@@ -1575,7 +1580,7 @@ class HiddenFiles:
 
     def remove_all_of(self, file_keys: Iterable[str]) -> None:
         """Remove what this process and earlier ones left of some tasks: the disk is full."""
-        own = f".{host_name()}-{os.getpid()}."
+        own = f".{host_id()}-{os.getpid()}."
         for file_key in file_keys:
             for path in self.of_task(file_key):
                 if path.suffix == ".left" or own in path.name:
@@ -1704,6 +1709,8 @@ class Part:
         self.begin(leftover.source)
         try:
             self._copy(leftover, watch)
+        except TransientError:
+            raise  # too many open files, which will pass
         except (DiskFull, TaskError):
             self.discard()
             remove(leftover.path)
@@ -1718,7 +1725,7 @@ class Part:
                 self.write(block)
                 rest -= len(block)
         if rest:
-            raise TransientError("what an earlier attempt left has changed meanwhile")
+            raise TaskError("what an earlier attempt left has changed meanwhile", "")
 
     def finish(self) -> None:
         """Have all bytes reach the disk, and close the file.
@@ -2286,7 +2293,7 @@ class LinkSource:
         if answer.status == SUCCEEDED and answer.link:
             return answer.link
         reason = f"the answer holds no video (status {answer.status})"
-        if answer.link:
+        if answer.is_odd:
             reason = f"it says {answer.status}, which is none of its statuses"
         if answer.status == NOT_FOUND:
             reason = "it does not know the task"
@@ -2364,15 +2371,15 @@ class Retries:
         if error.wait_s > RETRY_AFTER_MAX_S:
             reason = f"{fault.reason} and asks to wait {error.wait_s:.0f} s"
             raise self._final(reason, "run again after that time", fault.http_status)
-        if not self._is_free(error, now_s):
+        if not self._take_free_try(error, now_s):
             if self._failures >= self.allowed:
                 raise self._final(fault.reason, fault.hint, fault.http_status)
             self._failures += 1
         self.tries += 1
         return max(self._backoff_s(error) * (0.5 + jitter / 2), error.wait_s)
 
-    def _is_free(self, error: TransientError, now_s: float) -> bool:
-        """Whether this fault uses up no try."""
+    def _take_free_try(self, error: TransientError, now_s: float) -> bool:
+        """Return whether this fault uses up no try, and count it."""
         if isinstance(error, PartGone):
             self._parts_gone += 1
             return self._parts_gone <= PART_GONE_MAX
@@ -2381,7 +2388,8 @@ class Retries:
     def _backoff_s(self, error: TransientError) -> float:
         """Return the wait without jitter: it doubles with each try, up to a bound."""
         if error.is_pressure:
-            return min(BACKOFF_BASE_S * 2.0 ** min(self.tries - 2, 10), PRESSURE_MAX_S)
+            doublings = self.tries - 2  # the next try is the second, at least
+            return min(BACKOFF_BASE_S * 2.0 ** min(doublings, 10), PRESSURE_MAX_S)
         doublings = max(self._failures - 1, 0)
         return min(BACKOFF_BASE_S * 2.0 ** min(doublings, 10), BACKOFF_MAX_S)
 
@@ -2492,8 +2500,8 @@ def publish_video(part: Part, plan: Plan, info: Object, hidden: HiddenFiles) -> 
         try:
             give_name(part.path, path)
         except OSError:
-            if is_new and not holds_video(path, info):
-                withdraw_metadata(metadata_path, task, info)
+            if not holds_video(path, info):
+                take_back_metadata(metadata_path, plan, info, is_new, hidden)
             raise
     except FileNotFoundError:
         raise PartGone from None
@@ -2518,12 +2526,22 @@ def holds_video(path: Path, info: Object) -> bool:
     return False
 
 
-def withdraw_metadata(path: Path, task: Task, info: Object) -> None:
-    """Remove the task's metadata, unless by now it describes another run's copy of the video."""
+def take_back_metadata(
+    path: Path, plan: Plan, info: Object, is_new: bool, hidden: HiddenFiles
+) -> None:
+    """Remove metadata that describes a video of ours which did not get its name.
+
+    If it was there before we came, it describes the video there, perhaps another run's copy.
+    """
     with contextlib.suppress(OSError):
         there = read_metadata(path)
-        if there and task.owns(there) and there.get("file_info") == info:
+        if not there or not plan.task.owns(there) or there.get("file_info") != info:
+            return
+        if is_new:
             remove(path)
+        elif file_size(plan.path):
+            changes = {"file_info": describe_file(plan.path)}
+            update_metadata(path, there, changes, plan.task.file_key, hidden)
 
 
 def put_metadata(
@@ -2742,7 +2760,7 @@ class Download:
         """
         self.watch.start()
         try:
-            try:
+            try:  # what `_without_link` raises is for the handlers below, too
                 return self._attempt()
             except LinkDead as error:
                 return self._without_link(error.fault)
@@ -2788,7 +2806,7 @@ class Download:
         self.part = Part(self._tools.hidden, self.task.file_key)  # tells them what we have in hand
         try:
             there = self._look_for_other_runs()
-            return self._bring_into(self.part, newest_leftover(there))
+            return self._bring_into(self.part, best_leftover(there))
         except JobError:
             self.part.discard()
             raise
@@ -2798,8 +2816,8 @@ class Download:
     def _look_for_other_runs(self, max_age_s: float = 0.0) -> list[Path]:
         """Return the task's hidden files; raises `Later` if another run has it in hand.
 
-        Before our part is made, so that a run which waits makes none, and after that, so that of
-        two runs which come at once one gives way.
+        It is called before our part is made, so that a run which must wait makes none, and again
+        afterwards, so that of two runs that start together at least one gives way.
         """
         own = self.part.path if self.part else None
         there = self._tools.hidden.of_task(self.task.file_key, max_age_s)
@@ -3183,14 +3201,13 @@ class Report:
 
     def begin(self, tasks: Iterable[Task]) -> None:
         """Count the tasks that their rows say SUCCEEDED; the others once Runway says so."""
+        self._counted_keys.clear()  # another call counts a task again
         for task in tasks:
             if task.state is State.SUCCEEDED:
                 self.found += 1
                 self._counted_keys.add(task.key)
 
     def record(self, outcome: Outcome) -> None:
-        if self.outcomes and self.outcomes[-1] is outcome:
-            return  # Ctrl-C came when it had just been recorded
         self.outcomes.append(outcome)
         key = outcome.task.key
         if outcome.status in COUNTED and key not in self._counted_keys:
@@ -3218,7 +3235,7 @@ class Report:
     @property
     def latest(self) -> list[Outcome]:
         """The last outcome of each task: a program may have tried one several times."""
-        last = {outcome.task.key or str(id(outcome)): outcome for outcome in self.outcomes}
+        last = {(each.task.key or id(each), each.task.stub): each for each in self.outcomes}
         return list(last.values())
 
     @property
@@ -3344,9 +3361,8 @@ def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
         return []
     new = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
     names = list(dict.fromkeys([*(name for name in new if name in sizes), *sorted(sizes)]))
-    shown = [f"• {printable(name)} ({megabytes(sizes[name])})" for name in names[:VIDEOS_LISTED]]
-    if len(names) > VIDEOS_LISTED:
-        shown.append(f"… and {len(names) - VIDEOS_LISTED:,} more")
+    lines = [f"• {printable(name)} ({megabytes(sizes[name])})" for name in names]
+    shown = shortened(lines, VIDEOS_LISTED)
     total = megabytes(sum(sizes.values()))
     return [
         "",
@@ -3584,7 +3600,7 @@ class Console:
 # --- The run: many downloads in parallel --------------------------------------------------------
 
 STOP_GRACE_S = 1.0
-STOOD_STILL_S = 1.0  # who oversleeps by more was stopped as a whole: by Ctrl-Z, or a suspend
+STOOD_STILL_S = 1.0  # a wait that overruns by more: we were stopped as a whole, as by Ctrl-Z
 # The usual 8 MB each leave none for the rest under `ulimit -v`, where Python may then wait for ever
 # for a thread that could not begin.
 THREAD_STACK_BYTES = 1024 * 1024
@@ -3615,7 +3631,7 @@ def try_for(seconds: float, work: Callable[[], None]) -> None:
         thread.join(seconds)
 
 
-Result = tuple[Download, "Outcome | DownloaderError"]
+Result = tuple[Download, Outcome | DownloaderError]
 
 
 class Workers:
@@ -3688,7 +3704,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Listener:
-    """Whom a run tells: of each outcome, of bytes received and what it waits for, and lines."""
+    """The callbacks of a run: for outcomes, for bytes received and what it waits for, for lines."""
 
     show_outcome: Callable[[Outcome], None]
     show_progress: Callable[[int, str], None]
@@ -3800,6 +3816,7 @@ class Run:
             self._running.remove(download)
             self._workers.replace_one()
             fault = download.watch.give_up()
+            self._received_bytes += download.watch.received_bytes
             try_for(STOP_GRACE_S, download.let_go)
             self._listener.show_outcome(download.failed(fault))
 
@@ -3833,7 +3850,7 @@ class Run:
         return self._received_bytes + sum(each.watch.received_bytes for each in under_way)
 
     def _waiting_for(self) -> str:
-        """Say what keeps the run: the last try again, another run, commands, or one slow video."""
+        """Say what the run is waiting for: a retry, another run, commands, or one slow video."""
         if self._backing_off:
             return f"trying again: {self._backing_off[0].later.why}"
         if self._is_waiting_for_others():
@@ -3893,7 +3910,8 @@ def read_tasks(
     askable = []
     if not api_key():
         unfinished = [task for task in merged if task.state is State.UNFINISHED]
-        askable = [task for task in unfinished if task.key in recent_keys]
+        recent = [task for task in unfinished if task.key in recent_keys]
+        askable = [task for task in recent if task.is_asked_about(time.time())]
     return Found(tasks, askable, errors, len(found))
 
 
@@ -3968,7 +3986,7 @@ class VideoDownloader:
 
     A caller may rely on this:
 
-    - No method raises for bad input, a bad task or a full disk: the fault is printed and
+    - No method but `run` raises for bad input, a bad task or a full disk: the fault is printed and
       counted. The constructor makes ``output_dir``; it raises `JobError` if it cannot, and
       TypeError or ValueError for settings that make no sense.
     - A video is under its final name only when it is whole, has reached the disk and has its
@@ -4091,6 +4109,7 @@ class VideoDownloader:
         """Bring the video of row ``task`` to disk; return whether it is there, new or before."""
         row = as_object(task)
         parsed = task_from_row(row, self.generate_filename_stub(row))
+        # Not PENDING: that may be the status at submission.
         is_under_way = row_status(row) in ("RUNNING", "THROTTLED")
         if parsed.state in (State.UNFINISHED, State.UNKNOWN) and parsed.link and not is_under_way:
             parsed = parsed.succeeded(parsed.link)  # the caller says so, and there is a link
@@ -4205,6 +4224,7 @@ class VideoDownloader:
         elif settled > EXISTING_SHOWN:
             more = counted(settled - EXISTING_SHOWN, "more video")
             self._console.say("", f"  ⚠️ {more} already there")
+        # Downloads first, and of those the links that die soonest.
         return sorted(jobs, key=lambda job: (job.is_there, link_expiry(job.task.link)))
 
     def _is_due(self, path: Path) -> bool:
@@ -4249,11 +4269,11 @@ class VideoDownloader:
             raise no_space_left(self.output_dir, error) from None
         finally:
             self._console.clear_line()
-            self._report_kept_waiting(jobs)
+            self._report_kept_waiting(jobs, done_before)
 
-    def _report_kept_waiting(self, jobs: Iterable[Plan]) -> None:
+    def _report_kept_waiting(self, jobs: Iterable[Plan], done_before: int) -> None:
         """Report the videos that are there, but that a stop has kept from being handed over."""
-        reported = {outcome.task.key for outcome in self._report.outcomes}
+        reported = {outcome.task.key for outcome in self._report.outcomes[done_before:]}
         for job in jobs:
             if job.action is Action.KEEP and job.task.key not in reported:
                 there = Outcome(job.task, Status.EXISTS, job.path, job.size_bytes)
@@ -4271,10 +4291,13 @@ class VideoDownloader:
             with contextlib.suppress(OSError):
                 sync_path(self.output_dir)
 
+        # After a stop, a slow mount must not hold us up.
         try_for(STOP_GRACE_S if left else self.settings.timeout, tidy)
 
     def _record(self, outcome: Outcome, is_shown: bool = True) -> None:
-        """Count ``outcome``, print it, and tell the caller."""
+        """Count ``outcome``, print it, and tell the caller, once: Ctrl-C may break this off."""
+        if self._report.outcomes and self._report.outcomes[-1] is outcome:
+            return
         self._report.record(outcome)
         self._console.show_outcome(outcome, is_shown)
         self._call_back("on_outcome", self.on_outcome, outcome)
@@ -4416,9 +4439,8 @@ def verify(directory: Path, console: Console, report: Report) -> None:
 
 def check_video(path: Path, metadata: Object) -> Outcome:
     """Hold the video ``path`` against its ``metadata``."""
-    task = replace(
-        task_from_row(as_object(metadata.get("runway_task_json"))), state=State.SUCCEEDED
-    )
+    row = as_object(metadata.get("runway_task_json"))
+    task = replace(task_from_row(row, path.stem), state=State.SUCCEEDED)
     size = file_size(path)
     try:
         with disk_errors("read it"):
