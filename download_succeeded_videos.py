@@ -1184,7 +1184,7 @@ class Action(Enum):
 class Plan:
     """What to do for ``task``, whose video is to have the name ``path``.
 
-    ``size_bytes`` is of the file that is there. ``holder`` says why ``path`` is not the wanted name.
+    ``size_bytes`` is of the file that is there. ``holder`` says why it is not the wanted name.
     """
 
     task: Task
