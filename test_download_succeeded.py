@@ -2595,6 +2595,8 @@ TAKEN = [
     taken("a pipe", {"s.mp4": pipe}, "s.mp4"),
     taken("a loop", {"s.mp4": loop}, "s.mp4"),
     Found("two names taken", ALL_OTHERS | {f"{SECOND}.json": b"[]"}, THIRD, "Saved under"),
+    taken("another's record in another case", {"S.json": OTHERS}, r"S\.json"),
+    taken("another program's .json in another case", {"S.json": b"[]"}, r"S\.json"),
 ]
 FOREIGN_JSON = [
     foreign("a list", b"[]"),
@@ -3032,6 +3034,7 @@ DISKS = [
     Disk("a file gets another inode every time", fault("inodes change")),
     Disk("an rclone mount", RCLONE_MOUNT),
     Disk("names of at most 143 bytes", fault("names of 143 bytes")),
+    Disk("hard links fail with an I/O error", fault("no hard links", error="EIO")),
 ]
 
 
@@ -3127,6 +3130,12 @@ FULL = [
     Full("when a video is synced", fault("disk full", after_fsyncs=4, of="*.part"), at_least=1),
     Full("when metadata is synced", fault("disk full", after_fsyncs=2, of="*.tmp"), at_least=1),
     Full("when metadata is made", fault("no create", error="ENOSPC", of="*.tmp", after=2)),
+    Full("when a quota is used up", fault("no create", error="EDQUOT", of="*.tmp", after=2)),
+    Full(
+        "when metadata is written, no hard links",
+        fault("no hard links") | fault("disk full", calls=["write"], of="*.json", after=2),
+        at_least=1,
+    ),
 ]
 
 
@@ -5568,6 +5577,7 @@ def test_they_are_asked_about_in_parallel(tmp_path: Path, api: RunwayApi) -> Non
     wait_until(lambda: len(api.requests) == 4)
     api.released.set()
     finish(process)
+    assert len(api.requests) == 4
 
 
 def test_with_quiet_nothing_is_said_of_those_that_did_not_succeed(
@@ -8101,18 +8111,6 @@ def test_an_id_of_many_bytes_makes_no_long_name(tmp_path: Path, cdn: Cdn) -> Non
         assert_name_for_any_file_system(f"{name}.json")
 
 
-@pytest.mark.parametrize(
-    "found",
-    [
-        taken("another's record in another case", {"S.json": OTHERS}, r"S\.json"),
-        taken("another program's .json in another case", {"S.json": b"[]"}, r"S\.json"),
-    ],
-    ids=str,
-)
-def test_more_that_takes_a_name(tmp_path: Path, cdn: Cdn, found: Found) -> None:
-    test_a_run_goes_by_what_lies_in_the_directory(tmp_path, cdn, found)
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_row_without_id_and_link_takes_no_video(tmp_path: Path, count: int) -> None:
     output_dir = tmp_path / "video_outputs"
@@ -8121,12 +8119,6 @@ def test_a_row_without_id_and_link_takes_no_video(tmp_path: Path, count: int) ->
     stats = run_for(tmp_path, *[row] * count)["stats"]
     assert stats == figures(total_succeeded=count, failed_downloads=count)
     assert names_in(output_dir) == {"picture_0.mp4"}
-
-
-def test_a_used_up_quota_is_a_full_disk(tmp_path: Path, cdn: Cdn) -> None:
-    quota = fault("no create", error="EDQUOT", of="*.tmp", after=2)
-    full = Full("when a quota is used up", quota)
-    test_a_full_disk_ends_the_run_with_one_clear_line(tmp_path, cdn, full)
 
 
 def test_no_part_is_trusted_after_one_fsync_error(
@@ -8243,17 +8235,6 @@ def test_an_unasked_range_tells_no_size(tmp_path: Path, cdn: Cdn) -> None:
         SECOND,
     )
     test_a_run_goes_by_what_lies_in_the_directory(tmp_path, cdn, unasked)
-
-
-def test_hard_links_may_fail_with_an_io_error(tmp_path: Path, cdn: Cdn) -> None:
-    disk = Disk("hard links fail with an I/O error", fault("no hard links", error="EIO"))
-    test_all_come_home_on_any_disk(tmp_path, cdn, disk)
-
-
-def test_a_full_disk_without_hard_links_leaves_nothing_cut(tmp_path: Path, cdn: Cdn) -> None:
-    env = fault("no hard links") | fault("disk full", calls=["write"], of="*.json", after=2)
-    full = Full("when metadata is written, no hard links", env, at_least=1)
-    test_a_full_disk_ends_the_run_with_one_clear_line(tmp_path, cdn, full)
 
 
 def test_a_new_worker_takes_the_place_of_one_that_hangs(tmp_path: Path) -> None:
