@@ -1780,10 +1780,10 @@ class Part:
 # --- HTTP: a client that every download shares -------------------------------------------------
 
 MAX_REDIRECTS = 30
-READ_BYTES = 128 * 1024
+READ_BYTES = 16 * 1024  # the longest TLS record (RFC 8446, section 5.1)
 SHORT_READ_BYTES = 256  # for urllib3 before 2.2, which shows nothing until all of it is here
-TLS_RECORD_BYTES = 16 * 1024  # RFC 8446, section 5.1: the longest
-BLOCK_BYTES = 64 * 1024
+READS_PER_BLOCK = 4
+BLOCK_BYTES = READS_PER_BLOCK * READ_BYTES
 STALL_BYTES_PER_SECOND = 1024
 
 NETWORK_ERRORS = (OSError, ValueError, HTTPError)  # requests' own are OSErrors or ValueErrors
@@ -2107,40 +2107,35 @@ def check_encodings(headers: Mapping[str, str]) -> None:
 def read_blocks(response: requests.Response, watch: Watch, timeout_s: float) -> Iterator[bytes]:
     """Yield the decoded body in blocks of some 64 kB, or of what has come.
 
-    Each read takes whatever comes first, so that the rate can be seen; only full TLS records,
-    which come quickly one after the other, are gathered. Raises `TransientError` when the
-    body breaks off, or brings less than 1 kB/s over ``timeout_s``.
+    A read returns as soon as anything has come, so that the rate can be seen. After one that was
+    filled, more is likely to be here already: a few of those make one block. Raises
+    `TransientError` when the body breaks off, or brings less than 1 kB/s over ``timeout_s``.
     """
     raw = response.raw
     can_read_what_is_there = hasattr(raw, "read1")
     read = raw.read1 if can_read_what_is_there else raw.read
     most = READ_BYTES if can_read_what_is_there else SHORT_READ_BYTES
-    stall = StallDetector(timeout_s)
     decode = is_encoded(response.headers)
-    most_gathered = BLOCK_BYTES // TLS_RECORD_BYTES if response.url.startswith("https") else 0
-    gathered: list[bytes] = []
+    stall = StallDetector(timeout_s)
+    pieces: list[bytes] = []
     while True:
         before = raw.tell()
         try:
             piece = read(most, decode_content=decode)
         except NETWORK_ERRORS as error:
-            yield b"".join(gathered)
+            yield b"".join(pieces)
             raise explain(error, timeout_s) from None
         watch.check()
         came = raw.tell() - before
         if piece:  # what cannot be decoded yet is no progress
             watch.note(came)
-        gathered.append(piece)
-        is_in_a_burst = came == TLS_RECORD_BYTES and len(gathered) < most_gathered
-        if is_in_a_burst:
-            stall.count(came)
-            continue
-        yield b"".join(gathered)
-        gathered.clear()
+        pieces.append(piece)
+        if came < most or len(pieces) == READS_PER_BLOCK:
+            yield b"".join(pieces)
+            pieces.clear()
         if not piece and not came:
             return
         stall.count(came)
-        stall.check()
 
 
 class StallDetector:
@@ -2153,8 +2148,6 @@ class StallDetector:
 
     def count(self, came_bytes: int) -> None:
         self._bytes += came_bytes
-
-    def check(self) -> None:
         elapsed_s = time.monotonic() - self._since_s
         if elapsed_s < self._window_s:
             return
@@ -2219,7 +2212,7 @@ class Runway:
         body = b""
         for block in read_blocks(response, watch, self._client.timeout_s):
             body += block
-            if len(body) > ANSWER_MAX_BYTES - READ_BYTES:  # the next block would pass the limit
+            if len(body) > ANSWER_MAX_BYTES - BLOCK_BYTES:  # the next block would pass the limit
                 raise TaskError("the answer is too long", "see RUNWAYML_BASE_URL")
         return parse_answer(body)
 

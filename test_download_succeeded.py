@@ -1353,8 +1353,9 @@ class Job:
 
     def run(self) -> None:
         """Run the script; in the child."""
+        environment = script_environment(**self.env)
         os.environ.clear()
-        os.environ.update(script_environment(**self.env))
+        os.environ.update(environment)
         os.chdir(self.directory)
         with open("console.txt", "w", encoding="utf-8") as console:
             sys.stdout = sys.stderr = console
