@@ -426,6 +426,7 @@ def read_input(path: Path) -> bytes:
     if path == STANDARD_INPUT:
         return read_to_the_end(sys.stdin.buffer)
     with open(path, "rb") as file:
+        check_results_size(os.fstat(file.fileno()).st_size)
         return read_to_the_end(file)
 
 
@@ -435,9 +436,13 @@ def read_to_the_end(file: BinaryIO) -> bytes:
     while block := file.read(BYTES_PER_MB):
         blocks.append(block)
         size_bytes += len(block)
-        if size_bytes > RESULTS_MAX_BYTES:
-            raise ValueError("is larger than 1 GB, so it is no polling-results file")
+        check_results_size(size_bytes)
     return b"".join(blocks)
+
+
+def check_results_size(size_bytes: int) -> None:
+    if size_bytes > RESULTS_MAX_BYTES:
+        raise ValueError("is larger than 1 GB, so it is no polling-results file")
 
 
 def parse_results(data: bytes) -> dict[str, Any]:

@@ -1716,6 +1716,15 @@ def test_a_pipe_is_read(tmp_path: Path, output_dir: Path, cdn: Cdn) -> None:
     assert_home(output_dir, 1)
 
 
+def test_standard_input_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dsv, "RESULTS_MAX_BYTES", 5)  # instead of 1 GB
+    result = run_script(tmp_path, "-", stdin=b" " * 6)
+    assert result.returncode == 1
+    assert re.search("standard input.*1 GB", result.stderr)
+
+
 # Several files, broken files.
 
 
