@@ -153,6 +153,7 @@ METADATA_MAX_BYTES = 10_000_000  # a longer .json in the output directory is ano
 HIDDEN_DIR = ".dsv"
 HIDDEN_DIR_NAME = re.compile(r"\.dsv(-[0-9a-f]{8})?")
 GALLERY_NAME = "index.html"
+GALLERY_MAX_S = 300.0
 
 MAX_WORKERS = 64
 
@@ -163,6 +164,7 @@ DAY_S = 86_400.0
 
 EXISTING_SHOWN = 3
 VIDEOS_LISTED = 10
+LISTING_MAX_S = 10.0  # a mount that has fallen silent must not keep the run from ending
 NAMES_SHOWN = 20
 BLOCKS_SHOWN = 20  # a run of more tasks prints one line for each video
 
@@ -331,9 +333,14 @@ def shown_id(task_id: str) -> str:
     return f"{printable(task_id[:8])}..." if task_id else "unknown"
 
 
+def without_query(link: str) -> str:
+    """Return ``link`` with no user, query or fragment, whatever characters these hold."""
+    return bare(re.split("[?#]", link, maxsplit=1)[0])
+
+
 def shown_link(link: str) -> str:
     """Return the first 50 characters of ``link``, without its query."""
-    text = printable(link)
+    text = printable(without_query(link))
     return text if len(text) <= 50 else f"{text[:50]}..."
 
 
@@ -424,6 +431,8 @@ def read_results(path: Path) -> dict[str, Any]:
 def read_input(path: Path) -> bytes:
     """Return the bytes of ``path``; raises OSError, and ValueError for absurdly many."""
     if path == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise ValueError("is closed")
         return read_to_the_end(sys.stdin.buffer)
     with open(path, "rb") as file:
         check_results_size(os.fstat(file.fileno()).st_size)
@@ -628,7 +637,7 @@ class State(Enum):
     SUCCEEDED = "SUCCEEDED"
     ENDED = "FAILED or CANCELLED"
     UNFINISHED = "not finished"  # polling gave up on it
-    UNKNOWN = "no status of Runway's, and no id to ask about"
+    UNKNOWN = "not finished, and no id to ask about"
 
 
 @dataclass(frozen=True)
@@ -661,7 +670,7 @@ class Task:
 
         The hash is of the id, else of the link without its query.
         """
-        identity = self.task_id or printable(self.link)
+        identity = self.task_id or without_query(self.link)
         suffixes = [safe_stub(self.task_id[:8]), digest(identity)[:16]]
         return [fit(self.stub, f"_{each}") for each in suffixes if each]
 
@@ -685,7 +694,7 @@ def row_key(row: Object) -> str:
     if task_id:
         return f"id {task_id}"
     link = row_link(row)
-    return f"link {printable(link)}" if link else ""
+    return f"link {without_query(link)}" if link else ""
 
 
 def owner_key(metadata: Object) -> str:
@@ -734,7 +743,8 @@ def wrong_with_row(row: object) -> list[str]:
         return ["no object: passed over"]
     odd = [name for name in TEXT_FIELDS if not isinstance(row.get(name), str | None)]
     wrong = [f'"{name}" is not text: not used' for name in odd]
-    if row_state(row) is State.UNKNOWN and not row_link(row):
+    has_odd_status = row_status(row) not in RUNWAY_STATUSES  # told elsewhere, if there is a link
+    if row_state(row) is State.UNKNOWN and not (row_link(row) and has_odd_status):
         wrong.append(f"no id, and its status is {shown_status(row)}: passed over")
     return wrong
 
@@ -1292,6 +1302,7 @@ def plan_or_guess(task: Task, index: Index) -> Plan:
 # --- The watch: what the thread that leads sees of the thread that works -----------------------
 
 HUNG_AFTER_TIMEOUTS = 3
+STOP_GRACE_S = 1.0
 
 
 class Watch:
@@ -1340,6 +1351,20 @@ class Watch:
         self._is_given_up = True
         reason = f"nothing came for {self._limit_s:g} s, so it was given up"
         return Fault(reason, "look at the network and the disk, then run again")
+
+
+def try_for(seconds: float, work: Callable[[], None]) -> None:
+    """Do ``work`` in a thread of its own, and wait for it no longer than ``seconds``.
+
+    A mount that has fallen silent must not keep the run from ending.
+    """
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the system gives no more threads
+        work()
+    else:
+        thread.join(seconds)
 
 
 # --- Hidden files: parts that are written, leftovers that can be resumed -----------------------
@@ -1514,12 +1539,14 @@ class HiddenFiles:
 
     def of_task(self, file_key: str, max_age_s: float = 0.0) -> list[Path]:
         """Return the hidden files of one task, from a listing at most ``max_age_s`` old."""
+        names = self._names
         if time.monotonic() - self._listed_s >= max_age_s:
-            self._listed_s = time.monotonic()
-            self._names = []
+            names = []
             with contextlib.suppress(OSError):
-                self._names = os.listdir(self.home)
-        return [self.home / name for name in self._names if name.startswith(f"{file_key}.")]
+                names = os.listdir(self.home)
+            self._names = names
+            self._listed_s = time.monotonic()
+        return [self.home / name for name in names if name.startswith(f"{file_key}.")]
 
     def is_another_run_at_work(self, paths: Iterable[Path], own: Path | None) -> bool:
         """Whether somebody else has a part among ``paths`` that still grows.
@@ -1583,13 +1610,14 @@ class HiddenFiles:
                     kept += leftover.size_bytes
         return kept
 
-    def remove_all_of(self, file_keys: Iterable[str]) -> None:
+    def remove_all_of(self, file_keys: set[str]) -> None:
         """Remove what this process and earlier ones left of some tasks: the disk is full."""
         own = f".{host_id()}-{os.getpid()}."
-        for file_key in file_keys:
-            for path in self.of_task(file_key):
-                if path.suffix == ".left" or own in path.name:
-                    remove(path)
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.home):
+                is_ours = name.endswith(".left") or own in name
+                if is_ours and name.partition(".")[0] in file_keys:
+                    remove(self.home / name)
 
 
 def share_with_writers(path: Path, directory_mode: int) -> None:
@@ -1660,7 +1688,8 @@ def sync_and_close(file: BinaryIO) -> None:
 
 def sync_path(path: Path) -> None:
     """Have ``path``, a file or a directory, reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR  # Windows syncs what is open for writing
+    descriptor = os.open(path, flags)
     try:
         sync_file(descriptor)
     finally:
@@ -1941,6 +1970,8 @@ def explain(error: BaseException, timeout_s: float, is_proxied: bool = False) ->
     for each in found:
         if isinstance(each, OSError) and each.strerror and each.errno:
             return TransientError(f"{through}the connection failed: {each.strerror}")
+    if any(isinstance(each, urllib3.exceptions.DecodeError) for each in found):
+        return TransientError(f"{through}the server sent an encoded body that cannot be decoded")
     timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
     if any(isinstance(each, timeouts) for each in found):
         return TransientError(f"{through}stalled: nothing came within {timeout_s:g} s")
@@ -1952,6 +1983,7 @@ def explain_address(error: BaseException, is_proxied: bool) -> TaskError | None:
     bad_addresses = (
         requests.exceptions.InvalidURL,
         requests.exceptions.InvalidSchema,
+        requests.exceptions.MissingSchema,
         urllib3.exceptions.LocationValueError,
         UnicodeError,
     )
@@ -2842,8 +2874,9 @@ class Download:
             adopted = self._transfer(part, leftover)
             if adopted:
                 return adopted
+        self.watch.note()  # a slow disk gets as long as a slow server
         part.finish()
-        return self._publish(part, self._check_content(part))
+        return self._publish(part, self._check_content(part, leftover))
 
     def let_go(self) -> None:
         """Let go of the part, for a thread that is stuck with it."""
@@ -2927,10 +2960,17 @@ class Download:
             raise TransientError("the connection was cut")
         self._is_length_known = announced is not None
 
-    def _check_content(self, part: Part) -> Content:
-        """Return what came; raise for a video that is not whole, or is no video."""
+    def _check_content(self, part: Part, leftover: Leftover | None) -> Content:
+        """Return what came; raise for a video that is not whole, or is no video.
+
+        If it began with a leftover, that may be what is wrong: then all of it is asked for.
+        """
         with disk_errors("read the video back"):
             content = inspect_path(part.path, part.size_bytes)
+        if leftover and content not in KEPT:
+            part.discard()
+            remove(leftover.path)
+            raise PartGone("what an earlier attempt left did not lead to a video")
         # Without a length, what looks like surplus may be a box that was cut in its head.
         is_cut = content is Content.SURPLUS and not self._is_length_known
         if content is Content.CUT or is_cut:
@@ -3352,9 +3392,13 @@ def statistics_lines(stats: Mapping[str, int]) -> list[str]:
     return lines
 
 
-def storage_lines(directory: Path, outcomes: Iterable[Outcome]) -> list[str]:
-    """Return the videos in ``directory``, those of this run first, and what they take together."""
-    sizes = video_sizes(directory)
+def storage_lines(directory: Path, outcomes: Iterable[Outcome], patience_s: float) -> list[str]:
+    """Return the videos in ``directory``, those of this run first, and what they take together.
+
+    Returns nothing if the directory cannot be listed within ``patience_s``.
+    """
+    sizes: dict[str, int] = {}
+    try_for(patience_s, lambda: sizes.update(video_sizes(directory)))
     if not sizes:
         return []
     new = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
@@ -3535,7 +3579,8 @@ class Console:
     ) -> None:
         """Print the statistics, the videos there, then what is wrong, and the verdict."""
         self.say(*statistics_lines(report.stats))
-        self.say(*storage_lines(directory, report.outcomes))
+        patience_s = STOP_GRACE_S if report.unfinished else LISTING_MAX_S
+        self.say(*storage_lines(directory, report.outcomes, patience_s))
         self.complain(*failure_lines(report.latest))
         if error_lines:
             self.complain("", *(f"❌ {line}" for line in error_lines))
@@ -3589,6 +3634,8 @@ class Console:
             self._write(stream, text, end="\n")
 
     def _write(self, stream: Any, text: str, end: str) -> None:
+        if stream is None:  # it was closed before we began; print would take stdout instead
+            return
         with contextlib.suppress(*CONSOLE_ERRORS):
             encoding = getattr(stream, "encoding", None) or "utf-8"
             shown = text.encode(encoding, "replace").decode(encoding)
@@ -3597,7 +3644,6 @@ class Console:
 
 # --- The run: many downloads in parallel --------------------------------------------------------
 
-STOP_GRACE_S = 1.0
 STOOD_STILL_S = 1.0  # a wait that overruns by more: we were stopped as a whole, as by Ctrl-Z
 # The usual 8 MB each leave none for the rest under `ulimit -v`, where Python may then wait for ever
 # for a thread that could not begin.
@@ -3613,20 +3659,6 @@ def affordable_workers(wanted: int) -> int:
         if limit > 0:
             wanted = min(wanted, (limit - OPEN_FILES_KEPT) // OPEN_FILES_PER_WORKER)
     return max(1, wanted)
-
-
-def try_for(seconds: float, work: Callable[[], None]) -> None:
-    """Do ``work`` in a thread of its own, and wait for it no longer than ``seconds``.
-
-    A mount that has fallen silent must not keep the run from ending.
-    """
-    thread = threading.Thread(target=work, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # the system gives no more threads
-        work()
-    else:
-        thread.join(seconds)
 
 
 Result = tuple[Download, Outcome | DownloaderError]
@@ -3823,8 +3855,8 @@ class Run:
         until_s = time.monotonic() + STOP_GRACE_S
         while self._running and time.monotonic() < until_s:
             with contextlib.suppress(JobError):  # one has ended the run already
-                self._take_results()
                 self._workers.wait(TICK_S)
+                self._take_results()
         try_for(STOP_GRACE_S, self._let_go_of_all)
         self._workers.end()
 
@@ -4263,7 +4295,7 @@ class VideoDownloader:
         try:
             run.work(jobs)
         except DiskFull as error:
-            hidden.remove_all_of(job.task.file_key for job in jobs)
+            hidden.remove_all_of({job.task.file_key for job in jobs})
             raise no_space_left(self.output_dir, error) from None
         finally:
             self._console.clear_line()
@@ -4972,14 +5004,20 @@ def run_to_the_end(options: Namespace, console: Console, report: Report) -> Endi
 
 def make_gallery(options: Namespace, console: Console, report: Report) -> None:
     """Write the gallery, and count what keeps it from being written as a problem."""
-    if not options.output_dir.is_dir():
+    if not os.path.isdir(options.output_dir):
         return  # what is wrong with that has been said
-    try:
+    problems = ["could not write the gallery: the output directory does not answer"]
+
+    def write() -> None:
         hidden = HiddenFiles(options.output_dir, options.timeout)
-        problem = write_gallery(options.output_dir, hidden, console)
+        try:
+            problems[0] = write_gallery(options.output_dir, hidden, console)
+        except JobError as error:
+            problems[0] = str(error)
         hidden.clean(set())
-    except JobError as error:
-        problem = str(error)
+
+    try_for(GALLERY_MAX_S, write)
+    problem = problems[0]
     if problem:
         console.complain("", f"⚠️ {problem}")
         report.problems.append(problem)

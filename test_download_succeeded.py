@@ -1755,6 +1755,12 @@ MERGES_BY_ID = [
         "id is task_id", NO_ID | FRESH_LINK | {"id": "1"}, STALE_LINK | {"task_id": "1"}, [FRESH]
     ),
     Merge("without id: the link, query aside", NO_ID | FRESH_LINK, NO_ID | FRESH_LINK, [FRESH]),
+    Merge(
+        "without id: the link, a query with spaces aside",
+        NO_ID | FRESH_LINK | {"query": "a "},
+        NO_ID | FRESH_LINK | {"query": "b c "},
+        [FRESH],
+    ),
     Merge("without id: another link", NO_ID | FRESH_LINK, NO_ID | STALE_LINK, [FRESH, STALE], 2),
     Merge("two ids, one link", FRESH_LINK, FRESH_LINK | {"task_id": "2"}, [FRESH, FRESH], 2),
 ]
@@ -1768,7 +1774,8 @@ def test_a_task_in_several_rows_counts_once(
     rows = [make_row(**case.latest), make_row(**case.older)]
     for number, row in enumerate(rows):
         if row.get("video_url") in (FRESH, STALE):
-            row["video_url"] = cdn.add(row["video_url"], WHOLE) + str(number)
+            link = cdn.add(row["video_url"], WHOLE)
+            row["video_url"] = link + row.get("query", "") + str(number)
     if way == "--all":
         write_results(tmp_path, rows[:1], "20250618_000000")
         write_results(tmp_path, rows[1:], "20250617_000000")
@@ -1905,11 +1912,13 @@ class OddRow(Row):
     says: str  # of it, in the line that names the row
 
 
+RUNNING = {"final_status": "RUNNING"}
 ODD_ROWS = [
     OddRow("no object", None, "object"),
     OddRow("a list", [make_row(1)], "object"),
     OddRow("a text", "SUCCEEDED", "object"),
     OddRow("neither id nor status", {"task": make_row(1)}, " id"),
+    OddRow("no id, but a link and a status of Runway's", make_row(1, **NO_ID) | RUNNING, " id"),
     OddRow("no id, and an unknown status", {"status": "done", "url": "https://cdn.invalid"}, " id"),
     OddRow(
         "a status that is no text", {"task_id": "a", "final_status": ["FAILED"]}, "final_status"
@@ -1991,6 +2000,7 @@ QUOTED = [
     Quoted("letters beyond ASCII", "ü.mp4", "%C3%BC.mp4"),
     Quoted("brackets", "g[1].mp4", "g%5B1%5D.mp4"),
     Quoted("what is quoted", "h%20i.mp4?sig=a%2Bb", "h%20i.mp4"),
+    Quoted("spaces before and in a query", "m n.mp4?_jwt=a secret b", "m%20n.mp4"),
     Quoted("a control character", "j\x01.mp4", "j%01.mp4"),
     Quoted("another header", "k\r\nEvil: b", "k%0D%0AEvil:%20b"),
 ]
@@ -2002,7 +2012,9 @@ def test_a_link_that_must_be_quoted_is_quoted_and_asked_for(tmp_path: Path, cdn:
         cdn.add(case.path, WHOLE)
         rows.append(make_row(number, video_url=f"{cdn.url}/{case.link}"))
     write_results(tmp_path, rows)
-    videos = run_json(tmp_path)["videos"]
+    report = run_json(tmp_path)
+    assert not SECRETS.search(report["console"])
+    videos = report["videos"]
     for number, case in enumerate(QUOTED):
         video = videos[make_task_id(number)]
         assert video["status"] == "downloaded", case
@@ -3361,11 +3373,16 @@ def go_with_directory(path: Path) -> None:
     shutil.rmtree(path.parent)
 
 
+def become_text(path: Path) -> None:
+    path.write_bytes(b"x" * VIDEO_BYTES)
+
+
 SPOILT = [
     Spoilt("it is removed", os.unlink),
     Spoilt("it is emptied", empty),
     Spoilt("it is cut", shorten),
     Spoilt("it is longer than the video", grow),
+    Spoilt("it is as long as the video, and text", become_text),
     Spoilt("it is a directory", become_directory),
     Spoilt("it is a pipe", become_pipe),
     Spoilt("it is a dead symbolic link", become_dead_link),
@@ -5445,7 +5462,7 @@ TALKATIVE = [
     Case("a redirect to nowhere", [headed("Location", "http://?_jwt", status=302)], fails="."),
     Case("a host that is none", row={"video_url": "http://a..b/x.mp4?_jwt=secret"}, fails="."),
     Case("a broken framing", [Reply(framing="chunked", headers={"Content-Encoding": "gzip"})],
-         fails="."),
+         fails="cannot be decoded"),
 ]  # fmt: skip
 
 
@@ -5618,6 +5635,7 @@ UNASKED = [
     Unasked("always 500", refusal(500), "HTTP 500"),
     Unasked("a link, and a status that is none of Runway's", ARCHIVED, "ARCHIVED"),
     Unasked("no connection", GOOD, "refused", "http://127.0.0.1:1"),
+    Unasked("an address without https://", GOOD, "no usable address", "api.invalid"),
 ]
 
 
@@ -6398,6 +6416,35 @@ def test_a_console_that_goes_away_costs_no_video(
     assert run_process(tmp_path, before=["sh", "-c", NO_CONSOLE[kind], "sh"]).stderr == ""
     assert (tmp_path / "code").read_text() == "0\n"
     assert_whole(output_dir, "picture_0", make_task_id(0), make_mp4())
+
+
+@unix_only
+def test_closed_streams_are_told_as_they_are(tmp_path: Path, cdn: Cdn) -> None:
+    write_results(tmp_path, serve(cdn, 1))
+    no_stderr = run_process(tmp_path, "--json", before=["sh", "-c", '"$@" 2>&-', "sh"])
+    assert json.loads(no_stderr.stdout)["exit_code"] == 0
+    no_stdin = run_process(tmp_path, "-", before=["sh", "-c", '"$@" <&-', "sh"])
+    assert no_stdin.returncode == 1
+    assert re.search("standard input.*closed", no_stdin.stderr)
+    assert "Traceback" not in no_stdin.stderr
+
+
+@pytest.mark.parametrize("name", ["video_sizes", "write_gallery"])
+def test_a_directory_that_falls_silent_at_the_end_keeps_no_run_from_ending(
+    tmp_path: Path, cdn: Cdn, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(dsv, name, lambda *_: {} if never.wait(30) else None)
+    monkeypatch.setattr(dsv, "LISTING_MAX_S", 0.1)
+    monkeypatch.setattr(dsv, "GALLERY_MAX_S", 0.1)
+    write_results(tmp_path, serve(cdn, 1))
+    started_s = time.monotonic()
+    result = run_script(tmp_path, "--gallery")
+    assert time.monotonic() - started_s < 20
+    assert "Videos downloaded: 1" in result.stdout
+    assert ("does not answer" in result.stderr) == (name == "write_gallery")
+    assert result.returncode == (3 if name == "write_gallery" else 0)
+    never.set()
 
 
 # Control characters in data
@@ -7786,6 +7833,13 @@ def test_the_page_is_written_at_the_end(tmp_path: Path, cdn: Cdn, end: RunEnd) -
     assert page_in(tmp_path).exists() == end.writes
     assert end.says in result.stderr
     assert hidden_in(videos) == set()
+
+
+def test_no_page_is_tried_in_a_directory_that_cannot_be_made(tmp_path: Path, cdn: Cdn) -> None:
+    write_results(tmp_path, serve(cdn, 1))
+    result = run_script(tmp_path, "--output-dir", "x" * 300, "--gallery")
+    assert result.returncode == 1
+    assert re.search("too long", result.stderr)
 
 
 @unix_only
