@@ -12,9 +12,9 @@ video_outputs/<stub>.mp4, writes <stub>.json beside it and prints a summary.
 examples:
   the latest results file:
     %(prog)s
-  every results file, a backfill:
+  every results file (a backfill):
     %(prog)s --all
-  from cron, which mails what is printed: what is wrong, and nothing else:
+  from cron, which mails what is printed; only problems are:
     %(prog)s --all -q
   from standard input:
     cat results.json | %(prog)s -
@@ -271,7 +271,7 @@ class PartGone(TransientError):
     That does not count as a try, up to ``PART_GONE_MAX`` times.
     """
 
-    def __init__(self, reason: str = "somebody removed the hidden file") -> None:
+    def __init__(self, reason: str = "the hidden file was removed") -> None:
         super().__init__(reason)
 
 
@@ -740,9 +740,9 @@ def task_from_row(row: Object, stub: str = "", saved_s: float | None = None) -> 
 def wrong_with_row(row: object) -> list[str]:
     """Say what keeps ``row``, or a field of it, from use."""
     if not isinstance(row, dict):
-        return ["no object: passed over"]
+        return ["not an object: passed over"]
     odd = [name for name in TEXT_FIELDS if not isinstance(row.get(name), str | None)]
-    wrong = [f'"{name}" is not text: not used' for name in odd]
+    wrong = [f'"{name}" is not text: ignored' for name in odd]
     has_odd_status = row_status(row) not in RUNWAY_STATUSES  # told elsewhere, if there is a link
     if row_state(row) is State.UNKNOWN and not (row_link(row) and has_odd_status):
         wrong.append(f"no id, and its status is {shown_status(row)}: passed over")
@@ -854,7 +854,7 @@ class Content(Enum):
 
     WHOLE = "a whole MP4"
     SURPLUS = "an MP4 with something else behind it"
-    OTHER = "no MP4, but some other kind of file"
+    OTHER = "not an MP4, but some other kind of file"
     CUT = "an MP4 cut short"
     ZEROS = "empty, or nothing but zero bytes"
     TEXT = "text, not a video"
@@ -1036,7 +1036,7 @@ def directory_error(directory: Path, error: OSError | ValueError) -> JobError:
         return no_space_left(directory, "could not write a first file")
     reason = str(getattr(error, "strerror", None) or error).lower()
     what = f"the output directory {printable(directory)} cannot be used: {reason}"
-    return JobError(f"{what} — mend that, or choose another with --output-dir")
+    return JobError(f"{what} — fix that, or choose another with --output-dir")
 
 
 class Holding(Enum):
@@ -1118,7 +1118,7 @@ class Index:
             metadata = read_metadata(metadata_path)
             video = status_of(path)
         if video and not stat.S_ISREG(video.st_mode):
-            return Place(path, Holding.TAKEN, holder=f"{path.name} is no file")
+            return Place(path, Holding.TAKEN, holder=f"{path.name} is not a regular file")
         size = video.st_size if video else None
         if metadata is not None and task.owns(metadata):
             return Place(path, Holding.OWN_VIDEO if size else Holding.OWN_METADATA, size)
@@ -1148,7 +1148,7 @@ class Index:
         other = self.spellings.get(fold(path.name), path.name)
         if other == path.name or not os.path.lexists(self.directory / other):
             return ""
-        return f"{other} differs in case or Unicode form alone"
+        return f"{other} differs only in case or Unicode form"
 
 
 def list_names(directory: Path) -> list[str]:
@@ -1266,7 +1266,7 @@ def plan_free_place(task: Task, places: Sequence[Place], may_adopt: bool) -> Pla
         holder = holder or place.holder
     hint = "move one of them away with its .json, then run again"
     taken = ", ".join(place.path.name for place in places)
-    raise TaskError("every name for it is taken", hint, printable(taken))
+    raise TaskError("all names for it are taken", hint, printable(taken))
 
 
 def plan_all(tasks: Sequence[Task], index: Index) -> list[Plan]:
@@ -1748,10 +1748,10 @@ class Part:
         except (DiskFull, TaskError):
             self.discard()
             remove(leftover.path)
-            raise PartGone("what an earlier attempt left could not be copied") from None
+            raise PartGone("the leftover of an earlier attempt could not be copied") from None
 
     def _copy(self, leftover: Leftover, watch: Watch) -> None:
-        with disk_errors("read what an earlier attempt left"), open(leftover.path, "rb") as file:
+        with disk_errors("read an earlier leftover"), open(leftover.path, "rb") as file:
             rest = leftover.size_bytes
             while rest and (block := file.read(min(rest, _LOOK_BYTES))):
                 watch.note()
@@ -1759,7 +1759,7 @@ class Part:
                 self.write(block)
                 rest -= len(block)
         if rest:
-            raise TaskError("what an earlier attempt left has changed meanwhile", "")
+            raise TaskError("the leftover has changed meanwhile", "")
 
     def finish(self) -> None:
         """Have all bytes reach the disk, and close the file.
@@ -1780,7 +1780,7 @@ class Part:
             raise TransientError(reason) from None
         if size != self.size_bytes:
             self.discard()
-            raise TransientError("somebody changed the hidden file meanwhile")
+            raise TransientError("the hidden file was changed meanwhile")
 
     def discard(self) -> None:
         close(self._file)
@@ -1993,15 +1993,18 @@ def explain_address(error: BaseException, is_proxied: bool) -> TaskError | None:
         return TaskError("the SOCKS proxy needs PySocks", "pip install requests[socks]")
     if is_proxied:
         reason = "no usable address, of the link or of the proxy"
-        return TaskError(reason, "see the link, HTTP_PROXY and HTTPS_PROXY")
-    return TaskError("no usable address", "see the link, or RUNWAYML_BASE_URL")
+        return TaskError(reason, "check the link, HTTP_PROXY and HTTPS_PROXY")
+    return TaskError("no usable address", "check the link, or RUNWAYML_BASE_URL")
 
 
 CERTIFICATE_REASONS = {  # X509_V_ERR_... of OpenSSL
     9: ("the server's certificate is not yet valid", "set this machine's clock, then run again"),
-    10: ("the server's certificate has expired", "see the clock of this machine, else the server"),
-    62: ("the server's certificate is for another host", "see the link, and the network's proxy"),
-    64: ("the server's certificate is for another host", "see the link, and the network's proxy"),
+    10: (
+        "the server's certificate has expired",
+        "check the clock of this machine, else ask whoever runs the server",
+    ),
+    62: ("the server's certificate is for another host", "check the link, and the network's proxy"),
+    64: ("the server's certificate is for another host", "check the link, and the network's proxy"),
 }
 IGNORES_CA_BUNDLE = ("2.32.0", "2.32.1", "2.32.2")
 
@@ -2040,7 +2043,7 @@ def refused_by_proxy(status: int) -> TaskError:
     reason = f"the proxy refused with HTTP {status}"
     if status >= 500:
         return TransientError(reason, http_status=status)
-    return TaskError(reason, "see HTTPS_PROXY, its user and password", http_status=status)
+    return TaskError(reason, "check HTTPS_PROXY, its user and password", http_status=status)
 
 
 # What the head of an answer says (RFC 9110)
@@ -2229,7 +2232,7 @@ class Runway:
         """
         key = api_key()
         if not re.fullmatch(r"[\x21-\x7e]+", key):
-            reason = "RUNWAYML_API_SECRET holds characters that no HTTP header can hold"
+            reason = "RUNWAYML_API_SECRET contains characters that no HTTP header can carry"
             raise TaskError(reason, "copy the key again, without quotes")
         base = os.environ.get("RUNWAYML_BASE_URL", "").strip().rstrip("/") or RUNWAY_BASE_URL
         url = f"{base}/v1/tasks/{quote(task_id, '', errors='replace')}"
@@ -2242,7 +2245,7 @@ class Runway:
         if status == 404:
             return Answer(NOT_FOUND)
         if status != 200 and not is_retried(status):
-            hint = "see RUNWAYML_API_SECRET and RUNWAYML_BASE_URL"
+            hint = "check RUNWAYML_API_SECRET and RUNWAYML_BASE_URL"
             raise TaskError(f"HTTP {status}", hint, http_status=status)
         check_status(response)
         check_encodings(response.headers)
@@ -2250,7 +2253,7 @@ class Runway:
         for block in read_blocks(response, watch, self._client.timeout_s):
             body += block
             if len(body) > ANSWER_MAX_BYTES - BLOCK_BYTES:  # the next block would pass the limit
-                raise TaskError("the answer is too long", "see RUNWAYML_BASE_URL")
+                raise TaskError("the answer is too long", "check RUNWAYML_BASE_URL")
         return parse_answer(body)
 
 
@@ -2265,7 +2268,7 @@ def parse_answer(body: bytes) -> Answer:
     if not re.fullmatch(
         "[A-Z_]{1,20}", status
     ):  # printed it might show the key, if a server echoes it
-        raise TaskError("the answer holds no status", "see RUNWAYML_BASE_URL")
+        raise TaskError("the answer contains no status", "check RUNWAYML_BASE_URL")
     return Answer(status, link)
 
 
@@ -2322,12 +2325,12 @@ class LinkSource:
             raise NotSucceeded(answer.status)
         if answer.status == SUCCEEDED and answer.link:
             return answer.link
-        reason = f"the answer holds no video (status {answer.status})"
+        reason = f"the answer contains no video (status {answer.status})"
         if answer.is_odd:
-            reason = f"it says {answer.status}, which is none of its statuses"
+            reason = f"it reports the unknown status {answer.status}"
         if answer.status == NOT_FOUND:
             reason = "it does not know the task"
-        raise self._no_help(Fault(reason, "see the task in Runway, or RUNWAYML_BASE_URL"))
+        raise self._no_help(Fault(reason, "look at the task in Runway, or RUNWAYML_BASE_URL"))
 
     def _no_help(self, fault: Fault) -> TaskError:
         """Return the error for a link that failed, and that Runway could not replace."""
@@ -2865,7 +2868,7 @@ class Download:
             adopted = self._adopt()
             if adopted:
                 return adopted
-            raise TransientError("somebody took the name meanwhile")
+            raise TransientError("the name was taken meanwhile")
         if not self._may_resume(leftover):
             leftover = None
         if leftover and leftover.is_whole:
@@ -2970,7 +2973,7 @@ class Download:
         if leftover and content not in KEPT:
             part.discard()
             remove(leftover.path)
-            raise PartGone("what an earlier attempt left did not lead to a video")
+            raise PartGone("the leftover of an earlier attempt did not lead to a video")
         # Without a length, what looks like surplus may be a box that was cut in its head.
         is_cut = content is Content.SURPLUS and not self._is_length_known
         if content is Content.CUT or is_cut:
@@ -2979,7 +2982,9 @@ class Download:
         if content not in KEPT:
             part.discard()
             self._tools.client.forget_connections()
-            raise TaskError(f"what the server sent is {content.value}", "see the task in Runway")
+            raise TaskError(
+                f"what the server sent is {content.value}", "look at the task in Runway"
+            )
         return content
 
     # From bytes on disk to a video under its name
@@ -2999,7 +3004,7 @@ class Download:
                 continue
             self._tools.index.note_video(self.task, self.plan.path.stem)
             return self._downloaded(part.size_bytes, content)
-        raise TransientError("somebody takes each name that it is to have")
+        raise TransientError("another program keeps taking its names")
 
     def _downloaded(self, size_bytes: int, content: Content) -> Outcome:
         name = self.plan.path.stem
@@ -3199,7 +3204,7 @@ def run_command(command: Command, video: Path, stop: threading.Event) -> None:
         why = getattr(error, "strerror", None) or "not a usable command"
     if why:
         reason = f"not handed over: {command.name}: {why}"
-        raise TaskError(reason, "mend that, then run again with --exec", said)
+        raise TaskError(reason, "fix that, then run again with --exec", said)
 
 
 def wait_for(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
@@ -3998,7 +4003,7 @@ def warn_without_key(tasks: Sequence[Task], directory: Path, console: Console) -
     missing = sum(plan.action is not Action.KEEP for plan in plan_all(tasks, index))
     if missing:
         count = counted(missing, "task")
-        advice = "set RUNWAYML_API_SECRET and run again, and Runway is asked about them"
+        advice = "set RUNWAYML_API_SECRET and run again to have Runway asked about them"
         console.complain(f"  ⚠️ {count} not finished when polling ended: {advice}")
 
 
@@ -4450,7 +4455,7 @@ def preview_without_link(pending: Outcome, plan: Plan, kind: str, fault: Fault) 
 def verify(directory: Path, console: Console, report: Report) -> None:
     """Check every video that has metadata, and name those that have none; no request."""
     if not os.path.lexists(directory):
-        raise JobError(f"{printable(directory.absolute())} is not there: see --output-dir")
+        raise JobError(f"{printable(directory.absolute())} does not exist: check --output-dir")
     names = list_names(directory)
     videos = {name for name in names if name.endswith(".mp4") and not name.startswith(".")}
     for stub, metadata in described_videos(directory, names):
@@ -4786,7 +4791,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     default = "(default: %(default)s)"
 
-    what = parser.add_argument_group("what to bring home")
+    what = parser.add_argument_group("what to download")
     what.add_argument(
         "files",
         nargs="*",
@@ -4800,7 +4805,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="the same",
+        help="same as FILE",
     )
     what.add_argument("--all", action="store_true", help="read every results file, latest first")
     what.add_argument(
@@ -4817,7 +4822,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ID",
-        help="all but this task; may be repeated",
+        help="not this task; may be repeated",
     )
     what.add_argument(
         "--shard",
@@ -4827,37 +4832,37 @@ def build_parser() -> argparse.ArgumentParser:
         help="only the K-th of N parts, for machines that share no directory",
     )
 
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("how to download")
     how.add_argument(
         "--output-dir",
         type=parse_directory,
         default=Path(DEFAULT_OUTPUT_DIR),
         metavar="DIR",
-        help=f"where the videos go; created {default}",
+        help=f"output directory, created if missing {default}",
     )
     how.add_argument(
         "--workers",
         type=bounded(int, 1, MAX_WORKERS),
         default=Settings.workers,
         metavar="N",
-        help=f"videos at a time, 1 to {MAX_WORKERS} {default}",
+        help=f"parallel downloads, 1 to {MAX_WORKERS} {default}",
     )
     how.add_argument(
         "--timeout",
         type=bounded(float, 0.001, DAY_S),
         default=Settings.timeout,
         metavar="SECONDS",
-        help=f"for connecting and for each wait for data {default}",
+        help=f"how long to wait for a connection, and for data each time {default}",
     )
     how.add_argument(
         "--retries",
         type=bounded(int, 0, 1000),
         default=Settings.retries,
         metavar="N",
-        help=f"more tries after one that brought nothing {default}",
+        help=f"extra tries after one that brought nothing {default}",
     )
 
-    after = parser.add_argument_group("afterwards")
+    after = parser.add_argument_group("after downloading")
     after.add_argument(
         "--exec",
         type=parse_command,
@@ -4882,10 +4887,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="only check the videos against their metadata"
     )
 
-    output = parser.add_argument_group("what is printed")
-    output.add_argument(
-        "-q", "--quiet", action="store_true", help="what is wrong, and nothing else"
-    )
+    output = parser.add_argument_group("what to print")
+    output.add_argument("-q", "--quiet", action="store_true", help="print only problems")
     output.add_argument(
         "--json", action="store_true", help="one JSON object on stdout, all else on stderr"
     )
@@ -4899,7 +4902,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     options, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         near = nearest_option(unknown[0], parser.format_help())
-        parser.error(f"unknown option {unknown[0]}: is {near} meant?")
+        parser.error(f"unknown option {unknown[0]}: did you mean {near}?")
     ways = [options.files, options.polling_results_file, options.all]
     if sum(bool(way) for way in ways) > 1:
         parser.error("give only one of FILE, --polling-results-file and --all")

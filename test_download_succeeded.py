@@ -4056,7 +4056,7 @@ CONTENTS = [
     contents("a zero byte", b"\0", fails="zero bytes"),
     contents("200 kB of zero bytes", bytes(200_000), fails="zero bytes"),
     *[contents(sentence, body, fails="text") for sentence, body in TEXTS.items()],
-    *[contents(sentence, body, says="no MP4") for sentence, body in OTHER_BINARIES.items()],
+    *[contents(sentence, body, says="not an MP4") for sentence, body in OTHER_BINARIES.items()],
 ]
 CUTS = [contents(f"cut to {n} bytes", ALL_BOXES[:n]) for n in range(1, 1 + len(ALL_BOXES))]
 
@@ -8217,7 +8217,7 @@ def test_more_contents_are_seen_as_what_they_are(tmp_path: Path, cdn: Cdn) -> No
         [Reply(body=OBJECT + b"\0\0\0", framing="close"), GOOD],
         requests=2,
     )
-    behind_zeros = contents("a byte behind 600 kB of zeros", bytes(600_000) + b"\1", says="no MP4")
+    behind_zeros = contents("a byte behind 600 kB of zeros", bytes(600_000) + b"\1", says="not an MP4")
     rows = [in_first_head, in_a_head, behind_zeros]
     run = run_cases(cdn, tmp_path, rows, "--retries", "1")
     for case in rows:
