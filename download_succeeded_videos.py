@@ -38,12 +38,13 @@ environment:
   REQUESTS_CA_BUNDLE, HTTPS_PROXY, NO_PROXY   as requests knows them
 """
 
-# The file reads as the data flows. A chapter uses those above it, but for types that it only
-# names.
+# The file reads as the data flows. Each chapter uses only chapters above it, except in type
+# annotations.
 #
-#     errors, text                      words that all chapters use
-#     results files, names, rows        what there is to bring home, and under which name
-#     content, metadata                 what a file is by its bytes, and what is written beside it
+#     text, errors                      words that all chapters use
+#     rows, results files               what there is to bring home
+#     names, tasks                      under which name, and what is to be fetched
+#     files, content, metadata          what a file is by its bytes, and what is written beside it
 #     the directory, the plan           what is there, and whether to download, adopt or keep
 #     the watch, hidden files           looking on from another thread; parts and leftovers
 #     HTTP, Runway, retries             asking servers
@@ -61,14 +62,16 @@ environment:
 #     task       a row, read and checked: something that Runway was asked to make
 #     key        what identifies a task: its id, or its link without the query
 #     stub       a file name without its suffix
+#     home       the stub under which a task's metadata lies
 #     part       a hidden file that one process writes, and no other process touches
 #     leftover   a part that its owner let go of on purpose, so that a later attempt can resume it
 #     orphan     a video on disk without metadata
 #     holder     what holds a name that a task would have liked
 #     attempt    one look at the directory, with at most one body received
-#     leader     the thread that called for the run; it starts, watches and reports the downloads
+#     leader     the thread that leads a run: it starts, watches and reports the downloads
 #     hand-over  running a command of --exec for a video
-#     outcome    what became of a task; its fault, if it has one, says what went wrong
+#     outcome    what became of a task
+#     fault      what went wrong with a task, and what the user can do
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ import os
 import signal
 import sys
 
-if sys.version_info < (3, 10):  # noqa: UP036 - older versions can read this far
+if sys.version_info < (3, 10):  # noqa: UP036 - older versions can parse this file
     sys.exit(f"Python 3.10 or later is needed, this is {sys.version.split()[0]}")
 
 if __name__ == "__main__":
@@ -87,6 +90,8 @@ if __name__ == "__main__":
     SIGNALS = [each for each in known if signal.getsignal(each) is not signal.SIG_IGN]
     for each in SIGNALS:
         signal.signal(each, lambda number, _frame: os._exit(128 + number))
+else:
+    SIGNALS = []  # a program handles its signals itself
 
 import argparse
 import base64
@@ -169,6 +174,66 @@ NAMES_SHOWN = 20
 BLOCKS_SHOWN = 20  # a run of more tasks prints one line for each video
 
 
+# --- Text for people: nothing of a link's query, no control characters ------------------------
+
+
+def bare(text: object) -> str:
+    """Return ``text`` with no user, query or fragment in its links."""
+    return re.sub(r"(?i)(https?:/+)(?:[^\s/?#]*@)?([^\s?#]*)\S*", r"\1\2", str(text))
+
+
+def printable(text: object) -> str:
+    """Return ``text`` with bare links, and ``?`` for what a terminal would obey, not show."""
+    safe = bare(text)
+    if safe.isprintable():
+        return safe
+    return "".join(each if each.isprintable() else "?" for each in safe)
+
+
+def shown_id(task_id: str) -> str:
+    return f"{printable(task_id[:8])}..." if task_id else "unknown"
+
+
+def without_query(link: str) -> str:
+    """Return ``link`` with no user, query or fragment, whatever characters these hold."""
+    return bare(re.split("[?#]", link, maxsplit=1)[0])
+
+
+def shown_link(link: str) -> str:
+    """Return the first 50 characters of ``link``, without its query."""
+    text = printable(without_query(link))
+    return text if len(text) <= 50 else f"{text[:50]}..."
+
+
+def shown_time(unix_seconds: float) -> str:
+    return f"{utc(unix_seconds):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def utc(unix_seconds: float) -> datetime:
+    return datetime.fromtimestamp(unix_seconds, timezone.utc)
+
+
+def megabytes(size_bytes: float) -> str:
+    return f"{size_bytes / BYTES_PER_MB:.2f} MB"
+
+
+def counted(count: int, noun: str = "video") -> str:
+    return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def shortened(lines: Sequence[str], limit: int) -> list[str]:
+    """Return at most ``limit`` of ``lines``, and a line that counts what is left out."""
+    left_out = len(lines) - limit
+    if left_out <= 0:
+        return list(lines)
+    return [*lines[:limit], f"… and {left_out:,} more"]
+
+
+def digest(text: str) -> str:
+    """Return the SHA-256 of ``text`` in hexadecimal; text of JSON may hold lone surrogates."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
 # --- Errors: the class says what helps --------------------------------------------------------
 
 
@@ -205,11 +270,11 @@ class JobError(DownloaderError):
 
 
 class DiskFull(JobError):
-    """There is no space left to do what the text says; the run adds where."""
+    """The disk is full. Its text says what failed; the run adds in which directory."""
 
 
 class Cancelled(DownloaderError):
-    """The run is ending, or has given this download up: its thread is to touch nothing more."""
+    """Ends a download's thread: the run is ending, or has given this download up."""
 
 
 class Later(DownloaderError):
@@ -279,9 +344,6 @@ class LinkDead(TaskError):
     """There is no link that leads to the video, or the one there is was refused."""
 
 
-NO_LINK = 'the row has no usable "video_url"'
-
-
 def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
@@ -289,7 +351,7 @@ def is_full(error: OSError) -> bool:
 def disk_error(error: OSError, action: str) -> DownloaderError:
     """Return our error for an OSError of the local disk; ``action`` is what we were doing.
 
-    A full disk ends the run, too many open files will pass, and the rest fails the task.
+    A full disk ends the run. A lack of file descriptors is temporary. Anything else fails the task.
     """
     if is_full(error):
         return DiskFull(f"could not {action}")
@@ -313,207 +375,7 @@ def disk_errors(action: str) -> Iterator[None]:
         raise disk_error(error, action) from None
 
 
-# --- Text for people: nothing of a link's query, no control characters ------------------------
-
-
-def bare(text: object) -> str:
-    """Return ``text`` with no user, query or fragment in its links."""
-    return re.sub(r"(?i)(https?:/+)(?:[^\s/?#]*@)?([^\s?#]*)\S*", r"\1\2", str(text))
-
-
-def printable(text: object) -> str:
-    """Return ``text`` with bare links, and ``?`` for what a terminal would obey, not show."""
-    safe = bare(text)
-    if safe.isprintable():
-        return safe
-    return "".join(each if each.isprintable() else "?" for each in safe)
-
-
-def shown_id(task_id: str) -> str:
-    return f"{printable(task_id[:8])}..." if task_id else "unknown"
-
-
-def without_query(link: str) -> str:
-    """Return ``link`` with no user, query or fragment, whatever characters these hold."""
-    return bare(re.split("[?#]", link, maxsplit=1)[0])
-
-
-def shown_link(link: str) -> str:
-    """Return the first 50 characters of ``link``, without its query."""
-    text = printable(without_query(link))
-    return text if len(text) <= 50 else f"{text[:50]}..."
-
-
-def shown_time(unix_seconds: float) -> str:
-    return f"{utc(unix_seconds):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def utc(unix_seconds: float) -> datetime:
-    return datetime.fromtimestamp(unix_seconds, timezone.utc)
-
-
-def megabytes(size_bytes: float) -> str:
-    return f"{size_bytes / BYTES_PER_MB:.2f} MB"
-
-
-def counted(count: int, noun: str = "video") -> str:
-    return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def shortened(lines: Sequence[str], limit: int) -> list[str]:
-    """Return at most ``limit`` of ``lines``, and a line that counts what is left out."""
-    left_out = len(lines) - limit
-    if left_out <= 0:
-        return list(lines)
-    return [*lines[:limit], f"… and {left_out:,} more"]
-
-
-def digest(text: str) -> str:
-    """Return the SHA-256 of ``text`` in hexadecimal; text of JSON may hold lone surrogates."""
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-
-
-# --- Results files: which ones, and what is in them -------------------------------------------
-
-STANDARD_INPUT = Path("-")
-LOOKS_LIKE = '{"task_results": [{"task_id": …, "final_status": "SUCCEEDED", "video_url": …}]}'
-
-
-def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
-    """Return the polling-results files in ``directories``, each once, latest first."""
-    files: dict[str, Path] = {}
-    for directory in directories:
-        for name in glob(f"{RESULTS_PREFIX}*.json", root_dir=directory):
-            path = Path(directory, name)
-            if not path.is_dir():  # a dangling link is said to be unreadable
-                files[os.path.realpath(path)] = path
-    return sorted(files.values(), key=results_order, reverse=True)
-
-
-def results_order(path: Path) -> tuple[str, str]:
-    """Return what sorts results files: when ``path`` was saved, then its name.
-
-    Times are compared as written, in local time, so no time zone or change of the clock can
-    reorder the files.
-    """
-    return f"{saved_at(path):%Y%m%d_%H%M%S}", path.name
-
-
-def saved_at(path: Path) -> datetime:
-    """Return when a results file was saved, in naive local time.
-
-    The time in the name counts, since a clone or copy makes all modification times equal. A
-    name without one counts by its modification time, standard input as saved now.
-    """
-    for match in re.finditer(r"[0-9]{8}_[0-9]{6}", path.name):
-        with contextlib.suppress(ValueError):
-            return datetime.strptime(match[0], "%Y%m%d_%H%M%S")
-    with contextlib.suppress(OSError, ValueError, OverflowError):
-        return datetime.fromtimestamp(path.stat().st_mtime)
-    return datetime.now()
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Return results file ``path`` as an object with a list ``task_results``.
-
-    Raises `JobError`, in one line, for whatever can be wrong with the file.
-    """
-    name = "standard input" if path == STANDARD_INPUT else printable(path)
-    try:
-        return parse_results(read_input(path))
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror or type(error).__name__}"
-    except (ValueError, RecursionError) as error:
-        reason = printable(error)
-    raise JobError(f"{name}: {reason} — name another file, or run the polling step again")
-
-
-def read_input(path: Path) -> bytes:
-    """Return the bytes of ``path``; raises OSError, and ValueError for absurdly many."""
-    if path == STANDARD_INPUT:
-        if sys.stdin is None:
-            raise ValueError("is closed")
-        return read_to_the_end(sys.stdin.buffer)
-    with open(path, "rb") as file:
-        check_results_size(os.fstat(file.fileno()).st_size)
-        return read_to_the_end(file)
-
-
-def read_to_the_end(file: BinaryIO) -> bytes:
-    blocks = []
-    size_bytes = 0
-    while block := file.read(BYTES_PER_MB):
-        blocks.append(block)
-        size_bytes += len(block)
-        check_results_size(size_bytes)
-    return b"".join(blocks)
-
-
-def check_results_size(size_bytes: int) -> None:
-    if size_bytes > RESULTS_MAX_BYTES:
-        raise ValueError("is larger than 1 GB, so it is no polling-results file")
-
-
-def parse_results(data: bytes) -> dict[str, Any]:
-    """Return the polling results in ``data``: the poller's object, or Runway's own answers.
-
-    Raises ValueError, with line and column or byte, for what is no JSON in UTF-8.
-    """
-    try:
-        document = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"cannot be read as JSON in UTF-8: {error}") from None
-    if isinstance(document, dict) and isinstance(document.get("task_results"), list):
-        return document
-    rows = document if isinstance(document, list) else [document]
-    if any(looks_like_a_task(row) for row in rows):
-        return {"task_results": rows}
-    raise ValueError(f"is not a polling-results file, which looks like {LOOKS_LIKE}")
-
-
-# --- Names: a stub is a name, never a path ----------------------------------------------------
-
-_UNSAFE = re.compile(
-    r'[\x00-\x1f\x7f-\x9f<>:"/\\|?*\ud800-\udfff'  # separators, control, not encodable
-    r"\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"  # lines and text direction
-)
-_RESERVED = re.compile(  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
-    r"(?:CON|PRN|AUX|NUL|COM[0-9¹²³]|LPT[0-9¹²³]|CONIN\$|CONOUT\$) *(?:\.|$)", re.IGNORECASE
-)
-
-
-def safe_stub(stub: str) -> str:
-    """Return ``stub`` as a name that any common file system takes, ``""`` if nothing is left.
-
-    An ordinary stub comes back to the letter. Leading dots would hide the video.
-    """
-    name = in_locale(_UNSAFE.sub("_", stub))
-    if not name.strip():
-        return ""
-    name = re.sub(r"\A\.+", lambda dots: "_" * len(dots[0]), name)
-    if _RESERVED.match(name) or name.startswith(RESULTS_PREFIX):
-        name = f"_{name}"
-    return fit(name)
-
-
-def in_locale(name: str) -> str:
-    """Return ``name`` with ``_`` for what the locale's encoding of file names cannot hold."""
-    encoding = sys.getfilesystemencoding()
-    return name.encode(encoding, "replace").decode(encoding).replace("?", "_")
-
-
-def fit(stub: str, suffix: str = "") -> str:
-    """Return ``stub + suffix``, the stub cut so that ``.json`` behind it fits a file name."""
-    room = NAME_MAX_BYTES - len(suffix.encode()) - len(".json")
-    return stub.encode()[:room].decode(errors="ignore") + suffix
-
-
-def fold(name: str) -> str:
-    """Return the same for names that a case-insensitive or normalising file system equates."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-# --- Rows and tasks: each fact of a row is read in one place ----------------------------------
+# --- Rows: each fact of a row is read in one place ---------------------------------------------
 
 SUCCEEDED = "SUCCEEDED"
 ENDED_STATUSES = {"FAILED", "CANCELLED"}
@@ -524,11 +386,23 @@ ASKED_FOR_S = 7 * DAY_S  # Runway is not asked about tasks that were submitted l
 WARNED_FOR_S = 3 * DAY_S
 
 TEXT_FIELDS = (
-    *("task_id", "id", "final_status", "status", "prompt", "promptText"),
-    *("target_filename_stub", "image_path", "completion_time"),
-    *("timestamp", "createdAt", "created_at"),
+    "task_id",
+    "id",
+    "final_status",
+    "status",
+    "prompt",
+    "promptText",
+    "target_filename_stub",
+    "image_path",
+    "completion_time",
+    "timestamp",
+    "createdAt",
+    "created_at",
 )
 EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")
+
+
+NO_LINK = 'the row has no usable "video_url"'
 
 
 def as_object(value: object) -> dict[str, Any]:
@@ -631,6 +505,157 @@ def parse_time(text: str) -> float | None:
     return None
 
 
+# --- Results files: which ones, and what is in them -------------------------------------------
+
+STANDARD_INPUT = Path("-")
+LOOKS_LIKE = '{"task_results": [{"task_id": …, "final_status": "SUCCEEDED", "video_url": …}]}'
+
+
+def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
+    """Return the polling-results files in ``directories``, each once, latest first."""
+    files: dict[str, Path] = {}
+    for directory in directories:
+        for name in glob(f"{RESULTS_PREFIX}*.json", root_dir=directory):
+            path = Path(directory, name)
+            if not path.is_dir():  # a dangling link is said to be unreadable
+                files[os.path.realpath(path)] = path
+    return sorted(files.values(), key=results_order, reverse=True)
+
+
+def results_order(path: Path) -> tuple[str, str]:
+    """Return what sorts results files: when ``path`` was saved, then its name.
+
+    Times are compared as written, in local time, so no time zone or change of the clock can
+    reorder the files.
+    """
+    return f"{saved_at(path):%Y%m%d_%H%M%S}", path.name
+
+
+def saved_at(path: Path) -> datetime:
+    """Return when a results file was saved, in naive local time.
+
+    The time in the name counts, since a clone or copy makes all modification times equal. A
+    name without one counts by its modification time, standard input as saved now.
+    """
+    named = time_in_name(path.name)
+    if named:
+        return named
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        return datetime.fromtimestamp(path.stat().st_mtime)
+    return datetime.now()
+
+
+def time_in_name(name: str) -> datetime | None:
+    for match in re.finditer(r"[0-9]{8}_[0-9]{6}", name):
+        with contextlib.suppress(ValueError):  # another match may be a time
+            return datetime.strptime(match[0], "%Y%m%d_%H%M%S")
+    return None
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return results file ``path`` as an object with a list ``task_results``.
+
+    Raises `JobError`, in one line, for whatever can be wrong with the file.
+    """
+    name = "standard input" if path == STANDARD_INPUT else printable(path)
+    try:
+        return parse_results(read_input(path))
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or type(error).__name__}"
+    except ValueError as error:
+        reason = printable(error)
+    raise JobError(f"{name}: {reason} — name another file, or run the polling step again")
+
+
+def read_input(path: Path) -> bytes:
+    """Return the bytes of ``path``; raises OSError, and ValueError for absurdly many."""
+    if path == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise ValueError("is closed")
+        return read_to_the_end(sys.stdin.buffer)
+    with open(path, "rb") as file:
+        check_results_size(os.fstat(file.fileno()).st_size)
+        return read_to_the_end(file)
+
+
+def read_to_the_end(file: BinaryIO) -> bytes:
+    blocks = []
+    size_bytes = 0
+    while block := file.read(BYTES_PER_MB):
+        blocks.append(block)
+        size_bytes += len(block)
+        check_results_size(size_bytes)
+    return b"".join(blocks)
+
+
+def check_results_size(size_bytes: int) -> None:
+    if size_bytes > RESULTS_MAX_BYTES:
+        raise ValueError("is larger than 1 GB, so it is no polling-results file")
+
+
+def parse_results(data: bytes) -> dict[str, Any]:
+    """Return the polling results in ``data``: the poller's object, or Runway's own answers.
+
+    Raises ValueError, with line and column or byte, for what is no JSON in UTF-8.
+    """
+    try:
+        document = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be read as JSON in UTF-8: {error}") from None
+    if isinstance(document, dict) and isinstance(document.get("task_results"), list):
+        return document
+    rows = document if isinstance(document, list) else [document]
+    if any(looks_like_a_task(row) for row in rows):
+        return {"task_results": rows}
+    raise ValueError(f"is not a polling-results file, which looks like {LOOKS_LIKE}")
+
+
+# --- Names: a stub is a name, never a path ----------------------------------------------------
+
+_UNSAFE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f<>:"/\\|?*\ud800-\udfff'  # separators, control, not encodable
+    r"\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]"  # lines and text direction
+)
+_RESERVED = re.compile(  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    r"(?:CON|PRN|AUX|NUL|COM[0-9¹²³]|LPT[0-9¹²³]|CONIN\$|CONOUT\$) *(?:\.|$)", re.IGNORECASE
+)
+
+
+def safe_stub(stub: str) -> str:
+    """Return ``stub`` as a name that any common file system takes, ``""`` if nothing is left.
+
+    An ordinary stub comes back to the letter. Leading dots would hide the video.
+    """
+    name = in_locale(_UNSAFE.sub("_", stub))
+    if not name.strip():
+        return ""
+    name = re.sub(r"\A\.+", lambda dots: "_" * len(dots[0]), name)
+    looks_like_results = name.startswith(RESULTS_PREFIX)  # its .json would be read as such
+    if _RESERVED.match(name) or looks_like_results:
+        name = f"_{name}"
+    return fit(name)
+
+
+def in_locale(name: str) -> str:
+    """Return ``name`` with ``_`` for what the locale's encoding of file names cannot hold."""
+    encoding = sys.getfilesystemencoding()
+    return name.encode(encoding, "replace").decode(encoding).replace("?", "_")
+
+
+def fit(stub: str, suffix: str = "") -> str:
+    """Return ``stub + suffix``, the stub cut so that ``.json`` behind it fits a file name."""
+    room = NAME_MAX_BYTES - len(suffix.encode()) - len(".json")
+    return stub.encode()[:room].decode(errors="ignore") + suffix
+
+
+def fold(name: str) -> str:
+    """Return the same for names that a case-insensitive or normalising file system equates."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+# --- Tasks: a row, read and checked --------------------------------------------------------------
+
+
 class State(Enum):
     """How far a row says that its task has come."""
 
@@ -683,7 +708,7 @@ class Task:
         is_recent = now_s - self.submitted_s <= ASKED_FOR_S
         return self.state is State.UNFINISHED and bool(self.task_id) and is_recent
 
-    def succeeded(self, link: str) -> Task:
+    def as_succeeded(self, link: str) -> Task:
         """Return the same task as Runway describes it now: SUCCEEDED, with this link."""
         return replace(self, state=State.SUCCEEDED, link=link)
 
@@ -765,8 +790,8 @@ def is_to_be_fetched(task: Task) -> bool:
     return task.state is State.SUCCEEDED
 
 
-def passed_over_link(task: Task) -> str:
-    """Say that a task has a link but a status that is none of Runway's, ``""`` if it has not."""
+def odd_status_warning(task: Task) -> str:
+    """Say that a task has a link, but a status that is none of Runway's; ``""`` if all is well."""
     is_known = row_status(task.row) in RUNWAY_STATUSES
     if is_known or not task.link:
         return ""
@@ -785,7 +810,10 @@ class Rows:
 
 
 def read_rows(results: Object, name_row: Callable[[Object], str], saved_s: float) -> Rows:
-    """Read all rows of a results object; ``name_row`` gives each row's stub."""
+    """Read all rows of a results object.
+
+    ``name_row`` gives each row's stub: a subclass of `VideoDownloader` may name the videos.
+    """
     rows_read = Rows([], [])
     rows = results.get("task_results")
     for number, row in enumerate(rows if isinstance(rows, list) else [], 1):
@@ -819,9 +847,9 @@ def row_rank(task: Task) -> tuple[bool, bool, bool]:
 class Choice:
     """Which tasks the command line asks for; all of them by default.
 
-    ``only`` and ``skip`` hold ids, or their first 8 characters or more. Of ``shard`` (k, n), the
-    k-th of n parts is taken, whatever else the files hold: by stub, so that tasks which want one
-    name meet in one part.
+    ``only`` and ``skip`` hold ids, or their first 8 characters or more. ``shard`` (k, n) takes the
+    k-th of n parts. The hash of its stub decides which part a task is in, so tasks that want the
+    same name are in the same part.
     """
 
     only: Sequence[str] = ()
@@ -846,11 +874,128 @@ def is_named(task_id: str, names: Iterable[str]) -> bool:
     return False
 
 
+# --- Files: what the other chapters ask of the file system ------------------------------------
+
+CHUNK_BYTES = 512 * 1024  # read from a file at a time
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def file_size(path: str | Path) -> int | None:
+    """Return the size of the file ``path``, ``None`` if it is not there or no regular file."""
+    with contextlib.suppress(OSError, ValueError):
+        status = status_of(path)
+        return status.st_size if status and stat.S_ISREG(status.st_mode) else None
+    return None
+
+
+def status_of(path: str | Path) -> os.stat_result | None:
+    """Return the status of what is under a name, ``None`` if nothing is.
+
+    Of a symbolic link that leads nowhere, it is the link's own.
+    """
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISLNK(status.st_mode):
+        return status
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return status
+        raise
+
+
+def age_s(path: Path) -> float:
+    """Return how many seconds ago a file was changed, infinity if it is not there."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+def share_with_writers(path: Path, directory_mode: int) -> None:
+    """Let all who may write to the directory read the file ``path``, whatever our umask.
+
+    Otherwise another user of a shared directory could not tell whose the videos are.
+    """
+    wanted = 0
+    if directory_mode & stat.S_IWGRP:
+        wanted |= stat.S_IRGRP
+    if directory_mode & stat.S_IWOTH:
+        wanted |= stat.S_IROTH
+    if not wanted:
+        return
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        if wanted & ~mode:
+            os.chmod(path, mode | wanted)
+
+
+def remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def close(file: BinaryIO) -> None:
+    """Close a file to which perhaps nothing was written; nothing depends on what it holds."""
+    with contextlib.suppress(OSError, ValueError):
+        make_file_appear(file.fileno())
+    with contextlib.suppress(OSError):
+        file.close()
+
+
+def make_file_appear(descriptor: int) -> None:
+    """Have an unwritten file created now, not later.
+
+    Some mounts, rclone's among them, create a file only when a descriptor of it is closed. If
+    that comes late, the file is back after it was removed, or empties what was renamed over it.
+    So a duplicate is closed first.
+    """
+    os.close(os.dup(descriptor))
+
+
+def sync_file(descriptor: int) -> bool:
+    """Have a file reach the disk; return whether the file system can promise that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        return False
+    return True
+
+
+def sync_and_close(file: BinaryIO) -> None:
+    """Have an unbuffered file reach the disk, and close it.
+
+    What has reached the disk is safe, whatever closing says. Elsewhere, as on some network mounts,
+    only closing tells that it is not.
+    """
+    is_safe = sync_file(file.fileno())
+    try:
+        file.close()
+    except OSError:
+        if not is_safe:
+            raise
+
+
+def sync_path(path: Path) -> None:
+    """Have ``path``, a file or a directory, reach the disk."""
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR  # Windows syncs what is open for writing
+    descriptor = os.open(path, flags)
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 # --- What a file is, by its bytes (ISO/IEC 14496-12) ------------------------------------------
 
 
 class Content(Enum):
-    """What a file turns out to be; the value reads on after "it is"."""
+    """What a file turns out to be; the value completes a sentence that begins with "it is"."""
 
     WHOLE = "a whole MP4"
     SURPLUS = "an MP4 with something else behind it"
@@ -866,8 +1011,9 @@ KEPT = {Content.WHOLE, Content.SURPLUS, Content.OTHER}
 _BOXES = set(
     b"ftyp styp moov moof mdat free skip wide pnot meta uuid sidx mfra pdin udta emsg".split()
 )
-_TEXT = re.compile(rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z")  # or UTF-16
-_LOOK_BYTES = 512 * 1024
+_TEXT = re.compile(
+    rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z"
+)  # UTF-16, or no control bytes
 
 
 def inspect(file: BinaryIO, size_bytes: int) -> Content:
@@ -876,8 +1022,8 @@ def inspect(file: BinaryIO, size_bytes: int) -> Content:
     if file.read(8)[4:] in _BOXES:
         return walk_boxes(file, size_bytes)
     file.seek(0)
-    start = file.read(_LOOK_BYTES)
-    blocks = itertools.chain([start], iter(functools.partial(file.read, _LOOK_BYTES), b""))
+    start = file.read(CHUNK_BYTES)
+    blocks = itertools.chain([start], iter(functools.partial(file.read, CHUNK_BYTES), b""))
     if not any(block.strip(b"\0") for block in blocks):
         return Content.ZEROS
     if len(start) < 8:  # too short for the head of a box, or of any other container
@@ -915,33 +1061,6 @@ def inspect_path(path: str | Path, size_bytes: int) -> Content:
 # --- Metadata: <stub>.json --------------------------------------------------------------------
 
 
-def file_size(path: str | Path) -> int | None:
-    """Return the size of the file ``path``, ``None`` if it is not there or no regular file."""
-    with contextlib.suppress(OSError, ValueError):
-        status = status_of(path)
-        return status.st_size if status and stat.S_ISREG(status.st_mode) else None
-    return None
-
-
-def status_of(path: str | Path) -> os.stat_result | None:
-    """Return the status of what is under a name, ``None`` if nothing is.
-
-    Of a symbolic link that leads nowhere, it is the link's own.
-    """
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISLNK(status.st_mode):
-        return status
-    try:
-        return os.stat(path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
-            return status
-        raise
-
-
 def file_info(size_bytes: int, sha256: str) -> dict[str, Any]:
     """Return what metadata says of a file."""
     size_mb = round(size_bytes / BYTES_PER_MB, 2)
@@ -953,7 +1072,7 @@ def describe_file(path: str | Path, on_block: Callable[[], None] = lambda: None)
     sha256 = hashlib.sha256()
     size_bytes = 0
     with open(path, "rb") as file:
-        while block := file.read(_LOOK_BYTES):
+        while block := file.read(CHUNK_BYTES):
             sha256.update(block)
             size_bytes += len(block)
             on_block()
@@ -1067,19 +1186,25 @@ class Index:
     """What a run knows of the output directory: what one scan saw, and what it has done since.
 
     `look` sees a single name as it is now.
-
-    ``spellings`` are the names by what they fold to. ``homes`` are the stubs of metadata by the
-    key of the task that they are about. ``promised`` are the folded stubs of videos that are on
-    their way, with the key of their task. ``wanted`` counts the tasks that want a folded stub.
-    ``hidden`` are the names of hidden directories.
     """
 
     directory: Path
+
+    # Names in the directory, by what they fold to.
     spellings: dict[str, str] = field(default_factory=dict)
+
+    # The stub of each task's metadata, by the task's key.
     homes: dict[str, str] = field(default_factory=dict)
+
+    # The key of the task whose video is on its way to a name, by the folded stub.
     promised: dict[str, str] = field(default_factory=dict)
+
+    # How many tasks want a name, by the folded stub.
     wanted: Counter[str] = field(default_factory=Counter)
+
+    # Names of hidden directories.
     hidden: list[str] = field(default_factory=list)
+
     scanned_s: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -1090,16 +1215,16 @@ class Index:
             index.spellings[fold(name)] = name
             if HIDDEN_DIR_NAME.fullmatch(name):
                 index.hidden.append(name)
-        for stub, metadata in described_videos(directory, index.spellings.values()):
+        for stub, metadata in read_all_metadata(directory, index.spellings.values()):
             index._note_stub(owner_key(metadata), stub)
         return index
 
     def _note_stub(self, key: str, stub: str) -> None:
         """Remember where a task's metadata is; of several, the one whose video is there."""
-        first = self.homes.get(key, stub)
-        if not key or (first != stub and file_size(self.directory / f"{first}.mp4")):
-            return
-        self.homes[key] = stub
+        known = self.homes.get(key)
+        is_better = known is None or not file_size(self.directory / f"{known}.mp4")
+        if key and is_better:
+            self.homes[key] = stub
 
     def note_video(self, task: Task, stub: str) -> None:
         """Remember a video that this run has published, with its metadata."""
@@ -1110,7 +1235,7 @@ class Index:
     def look(self, task: Task, stub: str) -> Place:
         """Return what ``task`` finds under the name ``stub`` now.
 
-        Raises `TaskError` when that cannot be read: then it is nobody's to write to.
+        Raises `TaskError` when that cannot be read: then nothing may be written there.
         """
         path = self.directory / f"{stub}.mp4"
         metadata_path = self.directory / f"{stub}.json"
@@ -1161,8 +1286,10 @@ def list_names(directory: Path) -> list[str]:
         raise directory_error(directory, error) from None
 
 
-def described_videos(directory: Path, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the stub and the metadata of each video that has some, be the video there or not."""
+def read_all_metadata(
+    directory: Path, names: Iterable[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the stub and the content of each metadata file, whether its video is there or not."""
     for name in names:
         is_metadata = name.endswith(".json") and not name.startswith((".", RESULTS_PREFIX))
         if not is_metadata:
@@ -1233,8 +1360,8 @@ def plan_task(task: Task, index: Index, may_adopt: bool = True) -> Plan:
     if may_adopt:
         for place in places:
             is_by_id = place.path.stem in task.fallback_stubs or is_default_name(task, place)
-            is_promised = index.is_promised_to_another(task, place.path.stem)
-            if place.holding is Holding.ORPHAN and is_by_id and not is_promised:
+            is_anothers = index.is_promised_to_another(task, place.path.stem)
+            if place.holding is Holding.ORPHAN and is_by_id and not is_anothers:
                 return plan_orphan_by_id(task, place)
     return plan_free_place(task, places, may_adopt)
 
@@ -1260,8 +1387,9 @@ def plan_free_place(task: Task, places: Sequence[Place], may_adopt: bool) -> Pla
     for place in places:
         if place.holding is Holding.FREE:
             return Plan(task, place.path, Action.DOWNLOAD, place.size_bytes, holder)
-        can_ask = may_adopt and task.key and task.state is State.SUCCEEDED
-        if place.holding is Holding.ORPHAN and can_ask:
+        # To compare, the server must be asked, and the new metadata must name the task.
+        can_compare = may_adopt and task.key and task.state is State.SUCCEEDED
+        if place.holding is Holding.ORPHAN and can_compare:
             return Plan(task, place.path, Action.COMPARE, place.size_bytes, place.holder)
         holder = holder or place.holder
     hint = "move one of them away with its .json, then run again"
@@ -1292,7 +1420,7 @@ def plan_by_index(task: Task, index: Index) -> Plan | None:
 
 
 def plan_or_guess(task: Task, index: Index) -> Plan:
-    """Return the plan for ``task``; what cannot be read is found out again, and said, later."""
+    """Return the plan for ``task``; a name that cannot be read is reported by its download."""
     try:
         return plan_task(task, index)
     except TaskError:
@@ -1374,7 +1502,6 @@ HIDDEN_NAME = re.compile(r"[0-9a-f]{16}\..+\.(part|tmp|left)")
 CHMOD_PENDING_S = 0.1
 LISTING_KEPT_S = 1.0
 VALIDATOR_MAX_BYTES = 60  # it is kept in a file name, as base64
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
@@ -1465,14 +1592,6 @@ def owner_is_gone(name: str) -> bool:
     return is_local and not is_process_alive(int(pid))
 
 
-def age_s(path: Path) -> float:
-    """Return how many seconds ago a file was changed, infinity if it is not there."""
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return math.inf
-
-
 class HiddenFiles:
     """The hidden directory inside an output directory, where all that is unfinished lies.
 
@@ -1488,7 +1607,7 @@ class HiddenFiles:
         self._names: list[str] = []
         self._listed_s = -math.inf  # when, on the monotonic clock
         self.home = directory / HIDDEN_DIR
-        if self.home.is_symlink():  # wherever it leads, nothing can be linked from there
+        if self.home.is_symlink():  # it may lead to another disk, from where nothing can be linked
             self.home = self._own_home
 
     def create(self, file_key: str, suffix: str) -> tuple[Path, BinaryIO]:
@@ -1555,7 +1674,8 @@ class HiddenFiles:
         """
         for path in paths:
             is_part = path.suffix == ".part" and path != own
-            if is_part and not owner_is_gone(path.name) and abs(age_s(path)) < self._timeout_s:
+            is_growing = abs(age_s(path)) < self._timeout_s  # a server's clock may be ahead of ours
+            if is_part and is_growing and not owner_is_gone(path.name):
                 return True
         return False
 
@@ -1620,82 +1740,6 @@ class HiddenFiles:
                     remove(self.home / name)
 
 
-def share_with_writers(path: Path, directory_mode: int) -> None:
-    """Let all who may write to the directory read the file ``path``, whatever our umask.
-
-    Otherwise another user of a shared directory could not tell whose the videos are.
-    """
-    wanted = 0
-    if directory_mode & stat.S_IWGRP:
-        wanted |= stat.S_IRGRP
-    if directory_mode & stat.S_IWOTH:
-        wanted |= stat.S_IROTH
-    if not wanted:
-        return
-    with contextlib.suppress(OSError):
-        mode = stat.S_IMODE(os.stat(path).st_mode)
-        if wanted & ~mode:
-            os.chmod(path, mode | wanted)
-
-
-def remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
-
-
-def close(file: BinaryIO) -> None:
-    """Close a file to which perhaps nothing was written; nothing depends on what it holds."""
-    with contextlib.suppress(OSError, ValueError):
-        make_file_appear(file.fileno())
-    with contextlib.suppress(OSError):
-        file.close()
-
-
-def make_file_appear(descriptor: int) -> None:
-    """Have an unwritten file created now, not later.
-
-    Some mounts, rclone's among them, create a file only when a descriptor of it is closed. If
-    that comes late, the file is back after it was removed, or empties what was renamed over it.
-    So a duplicate is closed first.
-    """
-    os.close(os.dup(descriptor))
-
-
-def sync_file(descriptor: int) -> bool:
-    """Have a file reach the disk; return whether the file system can promise that."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        return False
-    return True
-
-
-def sync_and_close(file: BinaryIO) -> None:
-    """Have an unbuffered file reach the disk, and close it.
-
-    What has reached the disk is safe, whatever closing says. Elsewhere, as on some network mounts,
-    only closing tells that it is not.
-    """
-    is_safe = sync_file(file.fileno())
-    try:
-        file.close()
-    except OSError:
-        if not is_safe:
-            raise
-
-
-def sync_path(path: Path) -> None:
-    """Have ``path``, a file or a directory, reach the disk."""
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR  # Windows syncs what is open for writing
-    descriptor = os.open(path, flags)
-    try:
-        sync_file(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Part:
     """A hidden file of our own that grows as bytes arrive, hashed on the way.
 
@@ -1721,7 +1765,7 @@ class Part:
         Bytes already here are discarded with their file: a file is never cut and used again.
         """
         if self.size_bytes:
-            self.source = None
+            self.source = None  # the leader may let go of it now: these bytes are not the new ones
             self.discard()
             self._make()
         self.source = source
@@ -1744,7 +1788,7 @@ class Part:
         try:
             self._copy(leftover, watch)
         except TransientError:
-            raise  # too many open files, which will pass
+            raise  # a lack of file descriptors, which is temporary
         except (DiskFull, TaskError):
             self.discard()
             remove(leftover.path)
@@ -1753,7 +1797,7 @@ class Part:
     def _copy(self, leftover: Leftover, watch: Watch) -> None:
         with disk_errors("read an earlier leftover"), open(leftover.path, "rb") as file:
             rest = leftover.size_bytes
-            while rest and (block := file.read(min(rest, _LOOK_BYTES))):
+            while rest and (block := file.read(min(rest, CHUNK_BYTES))):
                 watch.note()
                 watch.check()
                 self.write(block)
@@ -2053,7 +2097,8 @@ def refused_by_proxy(status: int) -> TaskError:
 class Head:
     """The head of an answer: from which byte the body goes on, and the whole object's size.
 
-    ``total_bytes`` is ``None`` if the head does not say, ``source`` if it cannot be resumed.
+    ``total_bytes`` is ``None`` if the head does not say. ``source`` is ``None`` if the body could
+    not be resumed.
     """
 
     start: int
@@ -2244,10 +2289,11 @@ class Runway:
         status = response.status_code
         if status == 404:
             return Answer(NOT_FOUND)
-        if status != 200 and not is_retried(status):
+        if is_retried(status):
+            check_status(response)
+        if status != 200:
             hint = "check RUNWAYML_API_SECRET and RUNWAYML_BASE_URL"
             raise TaskError(f"HTTP {status}", hint, http_status=status)
-        check_status(response)
         check_encodings(response.headers)
         body = b""
         for block in read_blocks(response, watch, self._client.timeout_s):
@@ -2265,15 +2311,13 @@ def parse_answer(body: bytes) -> Answer:
         raise TransientError("the answer is not JSON, or not all of it came") from None
     link = row_link(task)
     status = row_status(task) or (SUCCEEDED if link else "")
-    if not re.fullmatch(
-        "[A-Z_]{1,20}", status
-    ):  # printed it might show the key, if a server echoes it
+    if not re.fullmatch("[A-Z_]{1,20}", status):  # it is printed, and may be an echo of the key
         raise TaskError("the answer contains no status", "check RUNWAYML_BASE_URL")
     return Answer(status, link)
 
 
 class LinkSource:
-    """Where a task's link comes from: its row, then, once, Runway, then nowhere."""
+    """Gives a task's link: first the row's, then one fresh link from Runway."""
 
     def __init__(self, task: Task, runway: Runway) -> None:
         self._task = task
@@ -2321,16 +2365,12 @@ class LinkSource:
             raise self._no_help(error.fault) from None
         if answer.status == SUCCEEDED:
             self.has_succeeded = True
-        elif not self.has_succeeded and not answer.is_odd:
+            if answer.link:
+                return answer.link
+        if not self.has_succeeded and not answer.is_odd:
             raise NotSucceeded(answer.status)
-        if answer.status == SUCCEEDED and answer.link:
-            return answer.link
-        reason = f"the answer contains no video (status {answer.status})"
-        if answer.is_odd:
-            reason = f"it reports the unknown status {answer.status}"
-        if answer.status == NOT_FOUND:
-            reason = "it does not know the task"
-        raise self._no_help(Fault(reason, "look at the task in Runway, or RUNWAYML_BASE_URL"))
+        hint = "look at the task in Runway, or check RUNWAYML_BASE_URL"
+        raise self._no_help(Fault(why_no_video(answer), hint))
 
     def _no_help(self, fault: Fault) -> TaskError:
         """Return the error for a link that failed, and that Runway could not replace."""
@@ -2349,6 +2389,14 @@ class LinkSource:
         """Say how the row's link was refused, and when it expired."""
         told = [self._refusal.detail, expiry_text(self._task.link, time.time())]
         return ", ".join(filter(None, told))
+
+
+def why_no_video(answer: Answer) -> str:
+    if answer.status == NOT_FOUND:
+        return "it does not know the task"
+    if answer.is_odd:
+        return f"it reports the unknown status {answer.status}"
+    return f"the answer contains no video (status {answer.status})"
 
 
 def expiry_text(link: str, now_s: float) -> str:
@@ -2496,6 +2544,7 @@ class Outcome:
                 "http_status": fault.http_status,
             }
         expiry = link_expiry(self.link or self.task.link)
+        # --verify finds fault with a video that has bytes.
         has_path = self.is_on_disk or self.status is Status.PENDING or bool(self.size_bytes)
         return {
             "task_id": self.task.task_id,
@@ -2564,7 +2613,7 @@ def take_back_metadata(
 ) -> None:
     """Remove metadata that describes a video of ours which did not get its name.
 
-    If it was there before we came, it describes the video there, perhaps another run's copy.
+    Metadata that was there before is made to describe the video that is there now.
     """
     with contextlib.suppress(OSError):
         there = read_metadata(path)
@@ -2582,8 +2631,8 @@ def put_metadata(
 ) -> bool:
     """Have ``path`` describe the video; return whether it was not there before.
 
-    What is there and the task's is left as it is, but for ``file_info``. Raises
-    FileExistsError for a file that is another task's or another program's.
+    The task's own metadata keeps all but its ``file_info``. Raises FileExistsError for a file that
+    is another task's or another program's.
     """
     there = read_metadata(path)
     if there is None:
@@ -2793,10 +2842,7 @@ class Download:
         """
         self.watch.start()
         try:
-            try:  # what `_without_link` raises is for the handlers below, too
-                return self._attempt()
-            except LinkDead as error:
-                return self._without_link(error.fault)
+            return self._attempt_or_adopt()
         except TransientError as error:
             return self._later_or_failed(error)
         except TaskError as error:
@@ -2806,8 +2852,14 @@ class Download:
         finally:
             self.watch.pause()
 
+    def _attempt_or_adopt(self) -> Outcome:
+        try:
+            return self._attempt()
+        except LinkDead as error:
+            return self._without_link(error.fault)
+
     def failed(self, fault: Fault) -> Outcome:
-        """Return the outcome of a failure: UNASKED as long as nobody knows that it SUCCEEDED."""
+        """Return the outcome of a failure: UNASKED for a task not known to have SUCCEEDED."""
         status = Status.FAILED if self._links.has_succeeded else Status.UNASKED
         return self._outcome(status, fault=fault)
 
@@ -2840,8 +2892,8 @@ class Download:
         try:
             there = self._look_for_other_runs()
             return self._bring_into(self.part, best_leftover(there))
-        except JobError:
-            self.part.discard()
+        except DiskFull:
+            self.part.discard()  # a leftover would only take up room
             raise
         finally:
             self.part.release()
@@ -2887,7 +2939,10 @@ class Download:
             self.part.let_go()
 
     def _may_resume(self, leftover: Leftover | None) -> bool:
-        """Whether to ask for the rest of ``leftover``, and not for all."""
+        """Whether to ask for the rest of ``leftover``, and not for all.
+
+        The last of several tries asks for all, since resuming may be what fails.
+        """
         if leftover is None or self.plan.action is Action.COMPARE:
             return False  # the size that is announced for all of it tells whose the video is
         return leftover.is_whole or not self._retries.is_last
@@ -2898,11 +2953,9 @@ class Download:
         """Ask and receive, unless the answer shows that the video there is this task's own."""
         link = self._links.get(self.watch)
         if self.task.state is State.UNFINISHED:
-            task = self.task.succeeded(link)
-            self._may_adopt = False  # its link was not known until now, so no earlier run has it
-            self.plan = plan_task(task, self._tools.index, may_adopt=False)
+            self._learn_that_it_succeeded(link)
         response = self._request(link, leftover)
-        if leftover and refuses_a_range(response, leftover):
+        if leftover and must_ask_for_all(response, leftover):
             response.close()
             leftover = None
             response = self._request(link, None)
@@ -2910,6 +2963,12 @@ class Download:
             if leftover and not resumes(response, leftover):
                 leftover = None
             return self._receive_from(response, part, leftover)
+
+    def _learn_that_it_succeeded(self, link: str) -> None:
+        """Plan anew for a task that polling gave up on, and that Runway says has SUCCEEDED."""
+        self._may_adopt = False  # its link was not known until now, so no earlier run has it
+        task = self.task.as_succeeded(link)
+        self.plan = plan_task(task, self._tools.index, may_adopt=False)
 
     def _request(self, link: str, leftover: Leftover | None) -> requests.Response:
         headers = {"Accept-Encoding": "identity"}
@@ -3057,13 +3116,15 @@ class Download:
         )
 
 
-def refuses_a_range(response: requests.Response, leftover: Leftover) -> bool:
-    """Whether the answer helps neither with the rest of ``leftover`` nor with all of the video.
+def must_ask_for_all(response: requests.Response, leftover: Leftover) -> bool:
+    """Whether the answer refuses the range alone, so that all is to be asked for.
 
-    That is no refusal of the link: it is asked once more, for all.
+    It does if it brings neither the rest of ``leftover`` nor all of the video, and is no fault
+    that is retried.
     """
     status = response.status_code
-    return not (resumes(response, leftover) or status == 200 or is_retried(status))
+    is_of_use = resumes(response, leftover) or status == 200
+    return not is_of_use and not is_retried(status)
 
 
 def resumes(response: requests.Response, leftover: Leftover) -> bool:
@@ -3212,9 +3273,11 @@ def wait_for(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
     while process.poll() is None and not stop.is_set():
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_POLL_S)
-    if process.returncode:  # Ctrl-C may have ended both, and reach us a moment later
+    has_failed = process.returncode not in (None, 0)
+    if has_failed:  # Ctrl-C may have ended it, and reach us a moment later
         stop.wait(5 * STOP_POLL_S)
-    if stop.is_set() and process.returncode != 0:
+    has_succeeded = process.returncode == 0
+    if stop.is_set() and not has_succeeded:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10 * STOP_POLL_S)
@@ -3278,6 +3341,7 @@ class Report:
     @property
     def latest(self) -> list[Outcome]:
         """The last outcome of each task: a program may have tried one several times."""
+        # With the stub, since a program may process one row under several names.
         last = {(each.task.key or id(each), each.task.stub): each for each in self.outcomes}
         return list(last.values())
 
@@ -3369,7 +3433,7 @@ def outcome_line(outcome: Outcome, number: str) -> str:
 
 
 def runway_says(status: str) -> str:
-    """Say how far Runway says that a task has come which polling gave up on."""
+    """Put Runway's answer about a task that polling gave up on into words."""
     if status in ENDED_STATUSES:
         return f"Not succeeded: Runway says {status}"
     if status == NOT_FOUND:
@@ -3650,8 +3714,8 @@ class Console:
 # --- The run: many downloads in parallel --------------------------------------------------------
 
 STOOD_STILL_S = 1.0  # a wait that overruns by more: we were stopped as a whole, as by Ctrl-Z
-# The usual 8 MB each leave none for the rest under `ulimit -v`, where Python may then wait for ever
-# for a thread that could not begin.
+# With the usual 8 MB for each thread, 64 of them can exhaust `ulimit -v`, and Python may wait for
+# ever for a thread that could not begin.
 THREAD_STACK_BYTES = 1024 * 1024
 OPEN_FILES_KEPT = 16  # for the program itself
 OPEN_FILES_PER_WORKER = 6  # connection, part, metadata, what a command needs
@@ -3905,7 +3969,7 @@ class Run:
 class Found:
     """What results files hold: the tasks to bring home, each once, and the files' ``errors``.
 
-    ``askable`` are those that polling gave up on lately, about which Runway could be asked if
+    ``askable`` are tasks that polling gave up on lately, about which Runway would be asked if
     there were a key. ``chosen`` counts the rows that the command line chose.
     """
 
@@ -3929,8 +3993,8 @@ def read_tasks(
     recent_keys: set[str] = set()
     errors = []
     for path in paths:
-        # A time that is nonsense counts as now.
-        saved_s = parse_time(saved_at(path).isoformat()) or time.time()
+        saved = saved_at(path)
+        saved_s = saved.timestamp() if saved.year >= FIRST_YEAR else time.time()
         try:
             chosen = read_one_file(path, saved_s, console, name_row, choice)
         except JobError as error:
@@ -3940,7 +4004,7 @@ def read_tasks(
         if time.time() - saved_s < WARNED_FOR_S:
             recent_keys.update(task.key for task in chosen)
     merged = merge_tasks(found)
-    tell_of_passed_over(merged, console)
+    warn_of_odd_statuses(merged, console)
     tasks = [task for task in merged if is_to_be_fetched(task)]
     askable = []
     if not api_key():
@@ -3968,8 +4032,8 @@ def read_one_file(
     return chosen
 
 
-def tell_of_passed_over(tasks: Iterable[Task], console: Console) -> None:
-    told = filter(None, map(passed_over_link, tasks))
+def warn_of_odd_statuses(tasks: Iterable[Task], console: Console) -> None:
+    told = filter(None, map(odd_status_warning, tasks))
     console.complain(*shortened([f"  ⚠️ {each}" for each in told], NAMES_SHOWN))
 
 
@@ -3994,7 +4058,10 @@ def tell_of_rows(tasks: Sequence[Task], left_out: int, console: Console) -> None
 
 
 def warn_without_key(tasks: Sequence[Task], directory: Path, console: Console) -> None:
-    """Say that the key would have Runway asked about tasks whose videos are not there."""
+    """Warn that Runway would be asked about ``tasks`` if there were a key.
+
+    Tasks whose videos are there do not count.
+    """
     if not tasks:
         return
     index = Index(directory)
@@ -4120,8 +4187,8 @@ class VideoDownloader:
         Runway can be asked about them. Names on stderr what is left out.
         """
         rows = read_rows(as_object(results), self.generate_filename_stub, time.time())
-        passed_over = filter(None, map(passed_over_link, rows.tasks))
-        wrong = [*rows.wrong, *passed_over]
+        warnings = filter(None, map(odd_status_warning, rows.tasks))
+        wrong = [*rows.wrong, *warnings]
         chosen = []
         for task in rows.tasks:
             is_finished = task.state is State.SUCCEEDED
@@ -4147,7 +4214,7 @@ class VideoDownloader:
         # Not PENDING: that may be the status at submission.
         is_under_way = row_status(row) in ("RUNNING", "THROTTLED")
         if parsed.state in (State.UNFINISHED, State.UNKNOWN) and parsed.link and not is_under_way:
-            parsed = parsed.succeeded(parsed.link)  # the caller says so, and there is a link
+            parsed = parsed.as_succeeded(parsed.link)  # the caller says so, and there is a link
         reason = why_not_processed(parsed)
         if reason:
             self._console.complain(f"❌ task {shown_id(parsed.task_id)}: {reason}")
@@ -4238,7 +4305,7 @@ class VideoDownloader:
             hidden = self._hidden()
             try:
                 if jobs:
-                    self._work(jobs, index, hidden, len(tasks), stop)
+                    self._work(jobs, index, hidden, before, len(tasks), stop)
             finally:
                 self._tidy(tasks, index, hidden, before)
             return sum(each.is_on_disk for each in self._report.outcomes[before:])
@@ -4274,10 +4341,15 @@ class VideoDownloader:
         jobs: Sequence[Plan],
         index: Index,
         hidden: HiddenFiles,
+        before: int,
         total: int,
         stop: threading.Event,
     ) -> None:
-        """Carry ``jobs`` out in worker threads; report each in this one."""
+        """Carry ``jobs`` out in worker threads; report each in this one.
+
+        ``before`` is how many outcomes earlier calls have reported, and ``total`` how many tasks
+        this one has.
+        """
         workers = min(self.settings.workers, len(jobs))
         self._tls_context = self._tls_context or make_tls_context()
         client = HttpClient(self._tls_context, self.settings.timeout, workers)
@@ -4290,10 +4362,9 @@ class VideoDownloader:
             commands=self.commands,
             stop=stop,
         )
-        done_before = len(self._report.outcomes) - (total - len(jobs))
 
         def show_progress(bytes_done: int, waiting_for: str) -> None:
-            done = len(self._report.outcomes) - done_before
+            done = len(self._report.outcomes) - before
             self._show_progress(Progress(done, total, bytes_done, waiting_for))
 
         run = Run(tools, workers, Listener(self._record, show_progress, self._console.say))
@@ -4304,11 +4375,11 @@ class VideoDownloader:
             raise no_space_left(self.output_dir, error) from None
         finally:
             self._console.clear_line()
-            self._report_kept_waiting(jobs, done_before)
+            self._report_kept_waiting(jobs, before)
 
-    def _report_kept_waiting(self, jobs: Iterable[Plan], done_before: int) -> None:
+    def _report_kept_waiting(self, jobs: Iterable[Plan], before: int) -> None:
         """Report the videos that are there, but that a stop has kept from being handed over."""
-        reported = {outcome.task.key for outcome in self._report.outcomes[done_before:]}
+        reported = {outcome.task.key for outcome in self._report.outcomes[before:]}
         for job in jobs:
             if job.action is Action.KEEP and job.task.key not in reported:
                 there = Outcome(job.task, Status.EXISTS, job.path, job.size_bytes)
@@ -4458,7 +4529,7 @@ def verify(directory: Path, console: Console, report: Report) -> None:
         raise JobError(f"{printable(directory.absolute())} does not exist: check --output-dir")
     names = list_names(directory)
     videos = {name for name in names if name.endswith(".mp4") and not name.startswith(".")}
-    for stub, metadata in described_videos(directory, names):
+    for stub, metadata in read_all_metadata(directory, names):
         outcome = check_video(directory / f"{stub}.mp4", metadata)
         videos.discard(outcome.path.name)
         report.begin([outcome.task])
@@ -4709,7 +4780,7 @@ def write_gallery(directory: Path, hidden: HiddenFiles, console: Console) -> str
     """
     page = directory / GALLERY_NAME
     videos = []
-    for stub, metadata in described_videos(directory, list_names(directory)):
+    for stub, metadata in read_all_metadata(directory, list_names(directory)):
         path = directory / f"{stub}.mp4"
         size = file_size(path)
         if size:
@@ -4735,7 +4806,7 @@ def is_own_page(page: Path) -> bool:
     if not page.is_file():
         return False
     with open(page, "rb") as file:
-        return b'content="download_succeeded_videos"' in file.read(_LOOK_BYTES)
+        return b'content="download_succeeded_videos"' in file.read(CHUNK_BYTES)
 
 
 # --- The command line: the door for people -------------------------------------------------------
@@ -5045,8 +5116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(options.quiet, options.json)
     report = Report()
     ending = run_to_the_end(options, console, report)
+    # Without results files, the gallery still shows what earlier runs brought.
     has_not_begun = ending is not None and ending.exit_code == 1 and not report.is_run
-    if options.gallery and (ending is None or has_not_begun):  # it shows what earlier runs brought
+    if options.gallery and (ending is None or has_not_begun):
         make_gallery(options, console, report)
     console.clear_line()
     error_lines = ending.lines if ending else ()
