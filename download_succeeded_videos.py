@@ -2002,6 +2002,14 @@ def causes(error: BaseException) -> list[BaseException]:
     return found
 
 
+def system_reason(found: Sequence[BaseException]) -> str:
+    """Return what the operating system says of the fault, ``""`` if it says nothing."""
+    for each in found:
+        if isinstance(each, OSError) and each.strerror and each.errno:
+            return each.strerror
+    return ""
+
+
 def explain(error: BaseException, timeout_s: float, is_proxied: bool = False) -> TaskError:
     """Return a library's exception in our words: theirs may hold the link, query and all."""
     found = causes(error)
@@ -2011,9 +2019,9 @@ def explain(error: BaseException, timeout_s: float, is_proxied: bool = False) ->
         return refused
     if any(isinstance(each, requests.exceptions.ProxyError) for each in found):
         return explain_proxy(found)
-    for each in found:
-        if isinstance(each, OSError) and each.strerror and each.errno:
-            return TransientError(f"{through}the connection failed: {each.strerror}")
+    reason = system_reason(found)
+    if reason:
+        return TransientError(f"{through}the connection failed: {reason}")
     if any(isinstance(each, urllib3.exceptions.DecodeError) for each in found):
         return TransientError(f"{through}the server sent an encoded body that cannot be decoded")
     timeouts = (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
@@ -2077,9 +2085,9 @@ def explain_proxy(found: Sequence[BaseException]) -> TaskError:
         refusal = re.search(r"Tunnel connection failed: ([0-9]{3})", str(each))
         if refusal:
             return refused_by_proxy(int(refusal[1]))
-    for each in found:
-        if isinstance(each, OSError) and each.strerror and each.errno:
-            return TransientError(f"the proxy did not connect: {each.strerror}")
+    reason = system_reason(found)
+    if reason:
+        return TransientError(f"the proxy did not connect: {reason}")
     return TransientError("the proxy did not connect")
 
 
@@ -2759,10 +2767,33 @@ def rename_over_empty(hidden_path: Path, final: Path) -> None:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """Which numbers a setting may have: of ``kind``, int or float, from ``low`` to ``high``."""
+
+    kind: type[int] | type[float]
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        what = "a whole number" if self.kind is int else "a number"
+        return f"{what} from {self.low:g} to {self.high:g}"
+
+    def allows(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+LIMITS = {
+    "workers": Limit(int, 1, MAX_WORKERS),
+    "timeout": Limit(float, 0.001, DAY_S),
+    "retries": Limit(int, 0, 1000),
+}
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a user may set, under the names of the options; ``timeout`` is in seconds.
 
-    Raises TypeError or ValueError for an impossible value.
+    Raises TypeError or ValueError for what is beyond `LIMITS`.
     """
 
     workers: int = 32
@@ -2770,18 +2801,13 @@ class Settings:
     retries: int = 3
 
     def __post_init__(self) -> None:
-        check_setting("workers", self.workers, int, 1, MAX_WORKERS)
-        check_setting("timeout", self.timeout, (int, float), 0.001, DAY_S)
-        check_setting("retries", self.retries, int, 0, 1000)
-
-
-def check_setting(name: str, value: Any, kind: Any, low: float, high: float) -> None:
-    """Raise TypeError or ValueError for an impossible value."""
-    if isinstance(value, bool) or not isinstance(value, kind):
-        what = "a whole number" if kind is int else "a number"
-        raise TypeError(f"{name} must be {what}, not {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, limit.kind)) and not isinstance(value, bool)
+            if not is_number:
+                raise TypeError(f"{name} must be {limit}, not {value!r}")
+            if not limit.allows(value):
+                raise ValueError(f"{name} must be {limit}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -2795,21 +2821,6 @@ class Tools:
     settings: Settings
     commands: Sequence[Command]
     stop: threading.Event
-
-
-class Notes:
-    """Lines that tell what is worth knowing of one task, each once, with how often it came."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-
-    def add(self, line: str) -> None:
-        self._counts[line] += 1
-
-    def lines(self) -> tuple[str, ...]:
-        return tuple(
-            f"{line} ({count} times)" if count > 1 else line for line, count in self._counts.items()
-        )
 
 
 class Download:
@@ -2826,7 +2837,7 @@ class Download:
         self._session = tools.client.session()
         self._links = LinkSource(plan.task, tools.runway)
         self._retries = Retries(tools.settings.retries, time.monotonic())
-        self._notes = Notes()
+        self._notes: Counter[str] = Counter()  # lines for the console, each once
         self._may_adopt = True
         self._is_length_known = True
 
@@ -2870,7 +2881,7 @@ class Download:
             delay_s = self._retries.delay_s(error, time.monotonic(), random.random())
         except TaskError as final:
             return self.failed(final.fault)
-        self._notes.add(f"  🔁 Tried again: {error.fault.reason}")
+        self._notes[f"  🔁 Tried again: {error.fault.reason}"] += 1
         raise Later(delay_s, error.fault.reason, is_pressure=error.is_pressure) from None
 
     def _without_link(self, fault: Fault) -> Outcome:
@@ -2994,7 +3005,7 @@ class Download:
                 return adopted
         if leftover:
             part.copy(leftover, self.watch)
-            self._notes.add(f"  ⏩ Resumed at {megabytes(leftover.size_bytes)}")
+            self._notes[f"  ⏩ Resumed at {megabytes(leftover.size_bytes)}"] += 1
         elif head.start != 0:
             raise TransientError("the server sent a part that was not asked for")
         else:
@@ -3068,13 +3079,13 @@ class Download:
     def _downloaded(self, size_bytes: int, content: Content) -> Outcome:
         name = self.plan.path.stem
         if self.plan.holder and name != self.task.stub:
-            self._notes.add(f"  ℹ️ Saved under this name: {printable(self.plan.holder)}")
+            self._notes[f"  ℹ️ Saved under this name: {printable(self.plan.holder)}"] += 1
         others = len(row_links(self.task.row)) - 1
         if others > 0:
             more = counted(others, "more link")
-            self._notes.add(f"  ℹ️ The task has {more}; the first is the video")
+            self._notes[f"  ℹ️ The task has {more}; the first is the video"] += 1
         if self._links.is_fresh:
-            self._notes.add("  🔗 Fresh link from Runway")
+            self._notes["  🔗 Fresh link from Runway"] += 1
         warning = "" if content is Content.WHOLE else f"it is {content.value}"
         return self._outcome(Status.DOWNLOADED, size_bytes, warning=warning)
 
@@ -3089,7 +3100,7 @@ class Download:
         except FileExistsError:
             return None
         for line in [*notes, f"  📄 Metadata created: {printable(metadata_path.name)}"]:
-            self._notes.add(line)
+            self._notes[line] += 1
         self._tools.index.note_video(self.task, path.stem)
         return self._outcome(Status.EXISTS, info["size_bytes"])
 
@@ -3110,10 +3121,17 @@ class Download:
             size_bytes=size_bytes,
             fault=fault,
             warning=warning,
-            notes=self._notes.lines(),
+            notes=told_once(self._notes),
             runway_status=runway_status,
             link=self._links.current,
         )
+
+
+def told_once(counts: Counter[str]) -> tuple[str, ...]:
+    """Return each line once, with how often it came if that was more than once."""
+    return tuple(
+        line if count == 1 else f"{line} ({count} times)" for line, count in counts.items()
+    )
 
 
 def must_ask_for_all(response: requests.Response, leftover: Leftover) -> bool:
@@ -4191,11 +4209,11 @@ class VideoDownloader:
         wrong = [*rows.wrong, *warnings]
         chosen = []
         for task in rows.tasks:
-            is_finished = task.state is State.SUCCEEDED
-            is_asked_about = bool(api_key()) and task.is_asked_about(time.time())
-            if (is_finished and (task.link or api_key())) or is_asked_about:
+            if not is_to_be_fetched(task):
+                continue
+            if task.link or api_key():
                 chosen.append(task.row)
-            elif is_finished:
+            else:
                 wrong.append(f"task {shown_id(task.task_id)}: {NO_LINK}: left out")
         self._console.complain(*shortened([f"⚠️ {each}" for each in wrong], NAMES_SHOWN))
         return chosen
@@ -4812,16 +4830,16 @@ def is_own_page(page: Path) -> bool:
 # --- The command line: the door for people -------------------------------------------------------
 
 
-def bounded(kind: type, low: float, high: float) -> Callable[[str], Any]:
-    """Return an argparse type: a ``kind`` from ``low`` to ``high``."""
+def setting(name: str) -> Callable[[str], float]:
+    """Return an argparse type for one of the `LIMITS`."""
+    limit = LIMITS[name]
 
-    def parse(text: str) -> Any:
+    def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high:
+            value = limit.kind(text)
+            if limit.allows(value):
                 return value
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {limit}")
 
     return parse
 
@@ -4913,21 +4931,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--workers",
-        type=bounded(int, 1, MAX_WORKERS),
+        type=setting("workers"),
         default=Settings.workers,
         metavar="N",
         help=f"parallel downloads, 1 to {MAX_WORKERS} {default}",
     )
     how.add_argument(
         "--timeout",
-        type=bounded(float, 0.001, DAY_S),
+        type=setting("timeout"),
         default=Settings.timeout,
         metavar="SECONDS",
         help=f"how long to wait for a connection, and for data each time {default}",
     )
     how.add_argument(
         "--retries",
-        type=bounded(int, 0, 1000),
+        type=setting("retries"),
         default=Settings.retries,
         metavar="N",
         help=f"extra tries after one that brought nothing {default}",
