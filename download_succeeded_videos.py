@@ -2839,7 +2839,7 @@ class Download:
         self._retries = Retries(tools.settings.retries, time.monotonic())
         self._notes: Counter[str] = Counter()  # lines for the console, each once
         self._may_adopt = True
-        self._is_length_known = True
+        self._is_length_known = True  # whether the last body had an announced length
 
     @property
     def task(self) -> Task:
@@ -2867,7 +2867,7 @@ class Download:
         try:
             return self._attempt()
         except LinkDead as error:
-            return self._without_link(error.fault)
+            return self._adopt_or_fail(error.fault)
 
     def failed(self, fault: Fault) -> Outcome:
         """Return the outcome of a failure: UNASKED for a task not known to have SUCCEEDED."""
@@ -2875,6 +2875,7 @@ class Download:
         return self._outcome(status, fault=fault)
 
     def _later_or_failed(self, error: TransientError) -> Outcome:
+        """Raise `Later` if there is a try left, else return the failure."""
         if not error.is_pressure:
             self._tools.client.forget_connections()
         try:
@@ -2884,46 +2885,52 @@ class Download:
         self._notes[f"  🔁 Tried again: {error.fault.reason}"] += 1
         raise Later(delay_s, error.fault.reason, is_pressure=error.is_pressure) from None
 
-    def _without_link(self, fault: Fault) -> Outcome:
-        """Take the video that is there, if no other task of this run wants its name; else fail."""
+    def _adopt_or_fail(self, fault: Fault) -> Outcome:
+        """Return what becomes of a task without a link.
+
+        A video that the link would have been compared with is taken for the task's own if no
+        other task of this run wants its name. Otherwise the task has failed.
+        """
+        if self.plan.action is not Action.COMPARE:
+            return self.failed(fault)
         is_alone = self._tools.index.wanted[fold(self.plan.path.stem)] <= 1
-        if self.plan.action is Action.COMPARE and is_alone:
+        if is_alone:
             note = f"  ℹ️ Taken for this task's, since its link could not be asked: {fault.why}"
             adopted = self._adopt(note)
             if adopted:
                 return adopted
-        if self.plan.action is Action.COMPARE:
-            may_be_it = f"{printable(self.plan.path.name)} may be its video, but nobody can tell"
-            fault = replace(fault, detail=", ".join(filter(None, [fault.detail, may_be_it])))
-        return self.failed(fault)
+        may_be_it = f"{printable(self.plan.path.name)} may be its video, but nobody can tell"
+        detail = ", ".join(filter(None, [fault.detail, may_be_it]))
+        return self.failed(replace(fault, detail=detail))
 
     def _attempt(self) -> Outcome:
-        self._look_for_other_runs(max_age_s=LISTING_KEPT_S)
-        self.part = Part(self._tools.hidden, self.task.file_key)  # tells them what we have in hand
+        # Looked at before our part is made, so that a run which must wait makes none, and again
+        # afterwards, so that of two runs that start together at least one gives way.
+        self._list_hidden_files(max_age_s=LISTING_KEPT_S)
+        self.part = Part(self._tools.hidden, self.task.file_key)
         try:
-            there = self._look_for_other_runs()
-            return self._bring_into(self.part, best_leftover(there))
+            hidden_files = self._list_hidden_files()
+            return self._bring_into(self.part, best_leftover(hidden_files))
         except DiskFull:
             self.part.discard()  # a leftover would only take up room
             raise
         finally:
             self.part.release()
 
-    def _look_for_other_runs(self, max_age_s: float = 0.0) -> list[Path]:
-        """Return the task's hidden files; raises `Later` if another run has it in hand.
-
-        It is called before our part is made, so that a run which must wait makes none, and again
-        afterwards, so that of two runs that start together at least one gives way.
-        """
+    def _list_hidden_files(self, max_age_s: float = 0.0) -> list[Path]:
+        """Return the task's hidden files; raises `Later` if another run has the task in hand."""
         own = self.part.path if self.part else None
-        there = self._tools.hidden.of_task(self.task.file_key, max_age_s)
-        if self._tools.hidden.is_another_run_at_work(there, own):
+        hidden_files = self._tools.hidden.of_task(self.task.file_key, max_age_s)
+        if self._tools.hidden.is_another_run_at_work(hidden_files, own):
             why = "a video that another run has in hand"
             raise Later(random.uniform(0.1, 0.4), why, is_in_other_hands=True)
-        return there
+        return hidden_files
 
     def _bring_into(self, part: Part, leftover: Leftover | None) -> Outcome:
-        """Look at the directory, ask for what is missing, and publish it."""
+        """Look at the directory, download what is missing, and publish it.
+
+        Returns the outcome; raises what an attempt may end with.
+        """
         self.plan = plan_task(self.task, self._tools.index, self._may_adopt)
         if self.plan.action is Action.KEEP:
             return self._outcome(Status.EXISTS)
@@ -2950,30 +2957,31 @@ class Download:
             self.part.let_go()
 
     def _may_resume(self, leftover: Leftover | None) -> bool:
-        """Whether to ask for the rest of ``leftover``, and not for all.
-
-        The last of several tries asks for all, since resuming may be what fails.
-        """
+        """Whether to go on from ``leftover`` instead of downloading everything."""
         if leftover is None or self.plan.action is Action.COMPARE:
-            return False  # the size that is announced for all of it tells whose the video is
+            return False  # to compare, an answer that announces the size of the whole is needed
+        # The last of several tries starts from nothing: the leftover may be what is wrong.
         return leftover.is_whole or not self._retries.is_last
 
     # From the request to bytes on disk
 
     def _transfer(self, part: Part, leftover: Leftover | None) -> Outcome | None:
-        """Ask and receive, unless the answer shows that the video there is this task's own."""
+        """Fill the part and return ``None``, or return the outcome if the video was there.
+
+        That it was there is seen from the size that the server announces.
+        """
         link = self._links.get(self.watch)
         if self.task.state is State.UNFINISHED:
             self._learn_that_it_succeeded(link)
         response = self._request(link, leftover)
-        if leftover and must_ask_for_all(response, leftover):
-            response.close()
+        if leftover and not resumes(response, leftover):
             leftover = None
-            response = self._request(link, None)
+            if response.status_code != 200 and not is_retried(response.status_code):
+                # It may be the range that was refused and not the link: ask for all.
+                response.close()
+                response = self._request(link, None)
         with response:
-            if leftover and not resumes(response, leftover):
-                leftover = None
-            return self._receive_from(response, part, leftover)
+            return self._receive_or_adopt(response, part, leftover)
 
     def _learn_that_it_succeeded(self, link: str) -> None:
         """Plan anew for a task that polling gave up on, and that Runway says has SUCCEEDED."""
@@ -2988,9 +2996,14 @@ class Download:
             headers["If-Range"] = leftover.source.validator
         return self._tools.client.get(self._session, link, headers, MAX_REDIRECTS)
 
-    def _receive_from(
+    def _receive_or_adopt(
         self, response: requests.Response, part: Part, leftover: Leftover | None
     ) -> Outcome | None:
+        """Receive the body into the part and return ``None``, or return the outcome of adopting.
+
+        With ``leftover``, the answer is known to go on where that ends. Raises `Later` for a link
+        that was refused when Runway can be asked for another.
+        """
         try:
             check_status(response)
         except LinkDead as refusal:
@@ -3010,10 +3023,10 @@ class Download:
             raise TransientError("the server sent a part that was not asked for")
         else:
             part.begin(head.source)
-        self._receive(response, part, head)
+        self._receive_body(response, part, head)
         return None
 
-    def _receive(self, response: requests.Response, part: Part, head: Head) -> None:
+    def _receive_body(self, response: requests.Response, part: Part, head: Head) -> None:
         """Write the body to the part and count it against what the head announced.
 
         If no length was announced, at least one byte must come.
@@ -3034,9 +3047,10 @@ class Download:
         self._is_length_known = announced is not None
 
     def _check_content(self, part: Part, leftover: Leftover | None) -> Content:
-        """Return what came; raise for a video that is not whole, or is no video.
+        """Return what the part holds.
 
-        If it began with a leftover, that may be what is wrong: then all of it is asked for.
+        Raises `TransientError` for a video that was cut, `TaskError` for what is no video. What
+        began with a leftover may be wrong because of that: then all of it is asked for.
         """
         with disk_errors("read the video back"):
             content = inspect_path(part.path, part.size_bytes)
@@ -3060,7 +3074,11 @@ class Download:
     # From bytes on disk to a video under its name
 
     def _publish(self, part: Part, content: Content) -> Outcome:
-        """Give the whole video its name, or another if that is taken by now."""
+        """Give the whole video its name, or another if that is taken.
+
+        It is taken when somebody was faster, and when a video that is there was compared with the
+        answer and turned out not to be this task's.
+        """
         info = file_info(part.size_bytes, part.sha256.hexdigest())
         for _ in range(NAME_TRIES):
             self.watch.check()
@@ -3077,6 +3095,7 @@ class Download:
         raise TransientError("another program keeps taking its names")
 
     def _downloaded(self, size_bytes: int, content: Content) -> Outcome:
+        """Return the outcome of a download, with notes on what was unusual."""
         name = self.plan.path.stem
         if self.plan.holder and name != self.task.stub:
             self._notes[f"  ℹ️ Saved under this name: {printable(self.plan.holder)}"] += 1
@@ -3090,7 +3109,10 @@ class Download:
         return self._outcome(Status.DOWNLOADED, size_bytes, warning=warning)
 
     def _adopt(self, *notes: str) -> Outcome | None:
-        """Create metadata for the video that is there; ``None``: somebody took the name."""
+        """Create metadata for the video that is there, and return the outcome, with ``notes``.
+
+        Returns ``None`` if somebody took the name of the metadata meanwhile.
+        """
         path = self.plan.path
         metadata_path = path.with_suffix(".json")
         try:
@@ -3134,17 +3156,6 @@ def told_once(counts: Counter[str]) -> tuple[str, ...]:
     )
 
 
-def must_ask_for_all(response: requests.Response, leftover: Leftover) -> bool:
-    """Whether the answer refuses the range alone, so that all is to be asked for.
-
-    It does if it brings neither the rest of ``leftover`` nor all of the video, and is no fault
-    that is retried.
-    """
-    status = response.status_code
-    is_of_use = resumes(response, leftover) or status == 200
-    return not is_of_use and not is_retried(status)
-
-
 def resumes(response: requests.Response, leftover: Leftover) -> bool:
     """Whether the answer goes on where ``leftover`` ends, with the same object."""
     if response.status_code != 206:
@@ -3167,18 +3178,22 @@ class Command:
 
     @classmethod
     def parse(cls, given: str | Sequence[str]) -> Command:
-        """Return the command; raises ValueError for one that is not there, or cannot be read."""
+        """Return the command.
+
+        Raises ValueError if there is no such program, or the words or placeholders are wrong.
+        """
         if isinstance(given, str):
             words = tuple(shlex.split(given.replace("\\", "\\\\") if os.name == "nt" else given))
         else:
             words = tuple(given)
         if not words or not shutil.which(words[0]):
             raise ValueError(f"there is no such command: {given!r}")
-        # One word in braces, perhaps with a format behind it; a shell's ${WORD} is its own affair.
+        # Refuse what looks like a placeholder but is none: {vidoe}, {video!r}, {video:>9}. ${WORD}
+        # is left alone here and when filling in: it is a variable of a shell.
         for in_braces in re.findall(r"(?<!\$)\{\s*[\w-]*(?:[.!:][^{}]*)?\s*\}", " ".join(words)):
             if in_braces not in ("{video}", "{metadata}"):
                 raise ValueError(f"{in_braces} is not {{video}} or {{metadata}}")
-        unclosed = re.search(r"\{(?:video|metadata)(?!\w*\})", " ".join(words))
+        unclosed = re.search(r"(?<!\$)\{(?:video|metadata)(?!\w*\})", " ".join(words))
         if unclosed:
             raise ValueError(f"{unclosed[0]} is not closed with a brace")
         return cls(words)
@@ -3194,12 +3209,12 @@ class Command:
 
     def filled_in(self, video: Path, metadata: Path) -> list[str]:
         paths = {"{video}": str(video.absolute()), "{metadata}": str(metadata.absolute())}
-        either = re.compile("|".join(map(re.escape, paths)))
+        either = re.compile(r"(?<!\$)\{(?:video|metadata)\}")
         return [either.sub(lambda match: paths[match[0]], word) for word in self.words]
 
 
 def receipts_of(metadata: Object) -> list[str]:
-    """Return the receipts of the commands that took the video; older versions had no list."""
+    """Return the receipts of the commands that took the video, none if there is no such list."""
     receipts = metadata.get("handed_over")
     if not isinstance(receipts, list):
         return []
@@ -3209,7 +3224,7 @@ def receipts_of(metadata: Object) -> list[str]:
 def commands_due(path: Path, commands: Sequence[Command]) -> list[Command]:
     """Return the commands that have not taken the video ``path`` yet; raises OSError.
 
-    A video without metadata is handed over to none: nothing could remember that it was.
+    For a video without metadata there are none: there would be no place for the receipts.
     """
     metadata = read_metadata(path.with_suffix(".json")) if commands else None
     if not metadata:
@@ -3221,7 +3236,8 @@ def commands_due(path: Path, commands: Sequence[Command]) -> list[Command]:
 def hand_over(outcome: Outcome, tools: Tools) -> Outcome:
     """Run the commands that have not taken this video, in order, until one fails.
 
-    Metadata remembers each that succeeded. A kill may come in between, so it is at least once.
+    Metadata remembers each command that succeeded. After a kill between a command's end and its
+    receipt, the next run runs the command again.
     """
     if not outcome.is_on_disk:
         return outcome
@@ -3247,14 +3263,11 @@ def record_hand_over(command: Command, outcome: Outcome, hidden: HiddenFiles) ->
     path = outcome.path.with_suffix(".json")
     there = read_metadata(path)
     if not there:
-        return
+        return  # the command took the metadata away
     receipts = [*receipts_of(there), command.receipt]
     changes: dict[str, Any] = {"handed_over": receipts}
-    before = as_object(there.get("file_info"))
     if outcome.path.exists():
-        now = describe_file(outcome.path)
-        if now != before:
-            changes["file_info"] = now
+        changes["file_info"] = describe_file(outcome.path)
     update_metadata(path, there, changes, outcome.task.file_key, hidden)
 
 
@@ -3264,7 +3277,8 @@ def run_command(command: Command, video: Path, stop: threading.Event) -> None:
     Raises `TaskError` with the last lines that it printed if it fails, `Cancelled` at a stop.
     """
     words = command.filled_in(video, video.with_suffix(".json"))
-    environment = {key: each for key, each in os.environ.items() if key != "RUNWAYML_API_SECRET"}
+    environment = {**os.environ}
+    environment.pop("RUNWAYML_API_SECRET", None)
     said = ""
     try:
         with tempfile.TemporaryFile() as output:
@@ -3292,7 +3306,9 @@ def wait_for(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_POLL_S)
     has_failed = process.returncode not in (None, 0)
-    if has_failed:  # Ctrl-C may have ended it, and reach us a moment later
+    if has_failed:
+        # A terminal sends Ctrl-C to the command, too. It may have failed of that, before ``stop``
+        # is set here.
         stop.wait(5 * STOP_POLL_S)
     has_succeeded = process.returncode == 0
     if stop.is_set() and not has_succeeded:
@@ -3304,7 +3320,7 @@ def wait_for(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
 
 
 def last_lines(output: BinaryIO) -> str:
-    """Return the last lines of a command's output that are not blank, in one."""
+    """Return the last lines of a command's output that are not blank, joined to one line."""
     lines = (line.decode(errors="replace").strip() for line in output)
     return printable(" | ".join(deque(filter(None, lines), OUTPUT_LINES_SHOWN)))[-400:]
 
@@ -3322,17 +3338,20 @@ class Report:
         self.kept_bytes = 0  # of videos that a stop left unfinished
         self.is_run = False  # whether there was a run to sum up
         self._counted_keys: set[str] = set()
+        self._open_file_keys: set[str] = set()  # of tasks found that have come to no end
 
     def begin(self, tasks: Iterable[Task]) -> None:
-        """Count the tasks that their rows say SUCCEEDED; the others once Runway says so."""
+        """Count the tasks whose rows say SUCCEEDED; `record` counts those of which Runway does."""
         self._counted_keys.clear()  # another call counts a task again
         for task in tasks:
             if task.state is State.SUCCEEDED:
                 self.found += 1
                 self._counted_keys.add(task.key)
+                self._open_file_keys.add(task.file_key)
 
     def record(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
+        self._open_file_keys.discard(outcome.task.file_key)
         key = outcome.task.key
         if outcome.status in COUNTED and key not in self._counted_keys:
             self.found += 1
@@ -3352,14 +3371,14 @@ class Report:
 
     @property
     def unfinished(self) -> int:
-        """How many tasks were found and have come to no end."""
-        ended = sum(outcome.status in COUNTED for outcome in self.outcomes)
-        return max(0, self.found - ended)
+        """How many tasks were found and have come to no end, in this call or a later one."""
+        return len(self._open_file_keys)
 
     @property
     def latest(self) -> list[Outcome]:
         """The last outcome of each task: a program may have tried one several times."""
         # With the stub, since a program may process one row under several names.
+        # Tasks without a key cannot be told apart, so each of their outcomes counts.
         last = {(each.task.key or id(each), each.task.stub): each for each in self.outcomes}
         return list(last.values())
 
@@ -3395,9 +3414,10 @@ class Report:
 
 
 def outcome_block(outcome: Outcome, number: str) -> list[str]:
-    """Return the block of lines about one task, in the words that its users know.
+    """Return the block of lines about one task; ``number`` is ``k/N``.
 
-    ``number`` is ``k/N``. It is printed when the task is done, so that its lines stand together.
+    It is printed as a whole when the task is done, though it reads as if it were printed step by
+    step: users know these lines, and those of parallel downloads must not mix.
     """
     name = printable(outcome.path.name)
     lines = ["", f"  {number} Task {shown_id(outcome.task.task_id)}"]
@@ -3431,12 +3451,12 @@ EMOJI = {
     Status.EXISTS: "⚠️",
     Status.FAILED: "❌",
     Status.NOT_SUCCEEDED: "ℹ️",
-    Status.UNASKED: "❌",
+    Status.UNASKED: "❌",  # as each FAILED, it has a fault as well
 }
 
 
 def outcome_line(outcome: Outcome, number: str) -> str:
-    """Return one line about one task of many, with what is worth knowing behind it."""
+    """Return one line about one task of many; its notes, warning and fault follow its name."""
     name = printable(outcome.path.name)
     mark = "❌" if outcome.fault else EMOJI[outcome.status]
     told = [line.strip() for line in outcome.notes]
@@ -3480,16 +3500,17 @@ def statistics_lines(stats: Mapping[str, int]) -> list[str]:
 
 
 def storage_lines(directory: Path, outcomes: Iterable[Outcome], patience_s: float) -> list[str]:
-    """Return the videos in ``directory``, those of this run first, and what they take together.
+    """Return lines about the videos in ``directory``: new ones first, and the total size.
 
     Returns nothing if the directory cannot be listed within ``patience_s``.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = {}  # of each video, by its name
     try_for(patience_s, lambda: sizes.update(video_sizes(directory)))
     if not sizes:
         return []
-    new = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
-    names = list(dict.fromkeys([*(name for name in new if name in sizes), *sorted(sizes)]))
+    downloaded = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
+    new = [name for name in downloaded if name in sizes]
+    names = dict.fromkeys([*new, *sorted(sizes)])  # each once
     lines = [f"• {printable(name)} ({megabytes(sizes[name])})" for name in names]
     shown = shortened(lines, VIDEOS_LISTED)
     total = megabytes(sum(sizes.values()))
@@ -3508,8 +3529,9 @@ def video_sizes(directory: Path) -> dict[str, int]:
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             is_video = entry.name.endswith(".mp4") and not entry.name.startswith(".")
-            if is_video and entry.is_file():
-                sizes[entry.name] = entry.stat().st_size
+            size = file_size(entry.path) if is_video else None
+            if size is not None:
+                sizes[entry.name] = size
     return sizes
 
 
@@ -3562,7 +3584,7 @@ def verdict(report: Report) -> Verdict | None:
 
 
 def stopped_sentence(report: Report, on_disk: int, bad: int, waiting: int) -> str:
-    """Say how far a run came that was stopped, with ``waiting`` videos not handed over."""
+    """Say how far a stopped run came; ``waiting`` videos are on disk, but not handed over."""
     parts = [f"{on_disk:,} on disk"]
     if bad:
         parts.append(f"{bad:,} with a problem")
@@ -3580,6 +3602,7 @@ def stopped_sentence(report: Report, on_disk: int, bad: int, waiting: int) -> st
 TICK_S = 0.25
 SILENCE_S = 30.0
 RATE_WINDOW_S = 5.0
+# What a stream may raise that is closed, None, replaced by a program, or of an unknown encoding.
 CONSOLE_ERRORS = (OSError, ValueError, AttributeError, TypeError, LookupError)
 
 
@@ -3614,10 +3637,10 @@ def terminal_columns(stream: Any) -> int:
 
 
 class Console:
-    """Prints everything: lines to stdout, what is wrong to stderr, and the live line.
+    """Prints everything: lines to stdout; what is wrong, and the live line, to stderr.
 
-    ``quiet`` leaves what is wrong. With ``as_json``, stdout is left to the object. A reader that
-    goes away or an encoding without emoji never breaks the run.
+    With ``quiet``, only what is wrong is printed. With ``as_json``, stdout is kept free for the
+    JSON object. A reader that goes away or an encoding without emoji never breaks the run.
     """
 
     def __init__(
@@ -3640,7 +3663,7 @@ class Console:
             self._print(sys.stderr if self._as_json else sys.stdout, lines)
 
     def complain(self, *lines: str) -> None:
-        """Print what is wrong; with ``quiet``, without the empty lines that set it off."""
+        """Print what is wrong; with ``quiet``, without the empty lines that set it apart."""
         self._print(sys.stderr, [line for line in lines if line or not self._quiet])
 
     def begin(self, total: int) -> None:
@@ -3650,7 +3673,11 @@ class Console:
         self._rates = deque([(self._clock(), 0)])
 
     def show_outcome(self, outcome: Outcome, is_shown: bool = True) -> None:
-        """Print what became of a task, in a block, or in one line if there are many."""
+        """Print what became of a task, in a block, or in one line if there are many tasks.
+
+        Of many, those that were there before are not printed. One that is not to be shown only
+        takes its number.
+        """
         self._shown += 1
         if not is_shown:
             return
@@ -3677,22 +3704,22 @@ class Console:
             tell("", end.text)
 
     def show_progress(self, progress: Progress) -> None:
-        """Draw the live line; off a terminal break a long silence."""
+        """Redraw the live line; without a terminal, print a line after a long silence."""
         if self._quiet:
             return
+        rate = self._bytes_per_second(progress.bytes_done)
+        line = "  ".join(self._progress_parts(progress, rate))
         columns = terminal_columns(sys.stderr)
         if columns:
-            line = fit_columns("  ".join(self._progress_parts(progress)), columns - 1)
             self._is_live = True
-            self._write(sys.stderr, f"\r\x1b[K{line}", end="")
+            self._write(sys.stderr, f"\r\x1b[K{fit_columns(line, columns - 1)}", end="")
         elif self._clock() - self._printed_s >= SILENCE_S:
-            self.say("  ".join(self._progress_parts(progress)))
+            self.say(line)
 
-    def _progress_parts(self, progress: Progress) -> list[str]:
+    def _progress_parts(self, progress: Progress, rate: float) -> list[str]:
         parts = [f"⏬ {progress.done:,}/{progress.total:,}"]
         if progress.bytes_done:
             parts.append(f"{progress.bytes_done / BYTES_PER_MB:.1f} MB")
-        rate = self._bytes_per_second(progress.bytes_done)
         if rate:
             parts.append(f"{rate / BYTES_PER_MB:.1f} MB/s")
         if progress.waiting_for:
@@ -3700,7 +3727,7 @@ class Console:
         return parts
 
     def _bytes_per_second(self, bytes_done: int) -> float:
-        """Return the rate of the last seconds."""
+        """Return the rate of the last seconds; it is to be called a few times a second."""
         now_s = self._clock()
         self._rates.append((now_s, bytes_done))
         while now_s - self._rates[0][0] > RATE_WINDOW_S:
@@ -3731,7 +3758,7 @@ class Console:
 
 # --- The run: many downloads in parallel --------------------------------------------------------
 
-STOOD_STILL_S = 1.0  # a wait that overruns by more: we were stopped as a whole, as by Ctrl-Z
+STOOD_STILL_S = 1.0  # if a wait overruns by more, the process as a whole stood still: Ctrl-Z
 # With the usual 8 MB for each thread, 64 of them can exhaust `ulimit -v`, and Python may wait for
 # ever for a thread that could not begin.
 THREAD_STACK_BYTES = 1024 * 1024
@@ -3754,8 +3781,8 @@ Result = tuple[Download, Outcome | DownloaderError]
 class Workers:
     """Threads that make one attempt each at the downloads they are given.
 
-    They are daemons: no exit waits for one that waits for a server. Where the system gives no
-    thread at all, the caller's own does the work.
+    They are daemons, so that the program can end while one waits for a server. Where the system
+    gives no thread at all, the caller's own does the work.
     """
 
     def __init__(self, limit: int, tools: Tools) -> None:
@@ -3814,14 +3841,17 @@ class Waiting:
     """A download whose next attempt is due at ``due_s`` on the monotonic clock."""
 
     due_s: float
-    number: int
     download: Download = field(compare=False)
     later: Later = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Listener:
-    """The callbacks of a run: for outcomes, for bytes received and what it waits for, for lines."""
+    """The callbacks of a run.
+
+    ``show_outcome`` takes each outcome, ``show_progress`` the bytes received and what the run is
+    waiting for, and ``say`` lines to print.
+    """
 
     show_outcome: Callable[[Outcome], None]
     show_progress: Callable[[int, str], None]
@@ -3829,11 +3859,11 @@ class Listener:
 
 
 class Run:
-    """Leads one run: starts attempts, waits for all that wait, and reports.
+    """Leads one run: starts attempts, keeps the downloads that wait for another one, and reports.
 
-    Nothing waits but the thread that leads. A download that is asked to slow down keeps its place
-    among the workers, so that the server is not asked by more and more. One that another run has
-    in hand comes last.
+    A download that waits holds up no worker. If the server asked it to slow down, its slot stays
+    empty nevertheless, so that the server is not asked by more and more. Downloads that another
+    run has in hand are looked at again when nothing else is to be started.
     """
 
     def __init__(self, tools: Tools, workers: int, listener: Listener) -> None:
@@ -3841,7 +3871,7 @@ class Run:
         self._listener = listener
         self._slots = affordable_workers(workers)
         self._workers = Workers(self._slots, tools)
-        self._plans: deque[Plan] = deque()
+        self._plans: deque[Plan] = deque()  # not started yet
         self._running: list[Download] = []
         self._backing_off: list[Waiting] = []  # a heap
         self._elsewhere: list[Waiting] = []  # a heap: in another run's hands
@@ -3882,6 +3912,7 @@ class Run:
 
     def _start_what_is_due(self) -> None:
         now_s = time.monotonic()
+        # A retry is started even if no slot is free: it waits for a worker in their queue.
         while self._backing_off and self._backing_off[0].due_s <= now_s:
             self._start(heapq.heappop(self._backing_off).download)
         while self._free_slots() > 0 and self._plans:
@@ -3907,7 +3938,10 @@ class Run:
         return max(0.0, min(due) - time.monotonic())
 
     def _take_results(self) -> None:
-        """Take the attempts that have ended; Ctrl-C at any moment loses none of them."""
+        """Take the attempts that have ended; raises the `JobError` that one has ended with.
+
+        An attempt leaves the queue last, so that Ctrl-C at any moment loses none.
+        """
         done = self._workers.done
         while done:
             download, result = done[0]
@@ -3920,13 +3954,14 @@ class Run:
         if isinstance(result, Later):
             heap = self._elsewhere if result.is_in_other_hands else self._backing_off
             due_s = time.monotonic() + result.wait_s
-            heapq.heappush(heap, Waiting(due_s, id(download), download, result))
+            heapq.heappush(heap, Waiting(due_s, download, result))
         elif isinstance(result, JobError):
-            self._running.remove(download)
+            self._running.remove(download)  # or `_wind_up` would take it again
             raise result
         elif isinstance(result, Outcome):
             self._received_bytes += download.watch.received_bytes
             self._listener.show_outcome(result)
+        # What is left is `Cancelled`, which needs no word: the run is ending.
 
     def _give_up_what_hangs(self, now_s: float) -> None:
         for download in [each for each in self._running if each.watch.is_hung(now_s)]:
@@ -3951,7 +3986,7 @@ class Run:
         for download in self._running:
             download.let_go()
 
-    # What is said of it meanwhile
+    # What is said of the run while it lasts
 
     def _is_waiting_for_others(self) -> bool:
         return bool(self._elsewhere) and not (self._plans or self._running or self._backing_off)
@@ -4003,9 +4038,10 @@ def read_tasks(
     name_row: Callable[[Object], str] = wanted_stub,
     choice: Choice = Choice(),
 ) -> Found:
-    """Read results files, latest first, and tell what is in them.
+    """Read results files, latest first, and print what is in them.
 
-    Tasks that polling gave up on are among those found if Runway is to be asked about them.
+    Returns tasks that polling gave up on, too, if Runway is to be asked about them. A file that
+    cannot be read is among the errors that are returned.
     """
     found: list[Task] = []
     recent_keys: set[str] = set()
@@ -4026,8 +4062,7 @@ def read_tasks(
     tasks = [task for task in merged if is_to_be_fetched(task)]
     askable = []
     if not api_key():
-        unfinished = [task for task in merged if task.state is State.UNFINISHED]
-        recent = [task for task in unfinished if task.key in recent_keys]
+        recent = [task for task in merged if task.key in recent_keys]
         askable = [task for task in recent if task.is_asked_about(time.time())]
     return Found(tasks, askable, errors, len(found))
 
@@ -4039,7 +4074,10 @@ def read_one_file(
     name_row: Callable[[Object], str],
     choice: Choice,
 ) -> list[Task]:
-    """Return the chosen tasks of one results file, and tell of it; raises `JobError`."""
+    """Return the chosen tasks of one results file, and print what is in it.
+
+    Raises `JobError` if it cannot be read.
+    """
     name = "standard input" if path == STANDARD_INPUT else printable(path.name)
     console.say("", f"📋 Processing: {name}")
     rows = read_rows(read_results(path), name_row, saved_s)
@@ -4051,19 +4089,22 @@ def read_one_file(
 
 
 def warn_of_odd_statuses(tasks: Iterable[Task], console: Console) -> None:
+    """Print which tasks have a link, but a status that is none of Runway's."""
     told = filter(None, map(odd_status_warning, tasks))
     console.complain(*shortened([f"  ⚠️ {each}" for each in told], NAMES_SHOWN))
 
 
 def tell_of_rows(tasks: Sequence[Task], left_out: int, console: Console) -> None:
-    """Say how many rows of one file SUCCEEDED, and what is done about the others."""
+    """Print how many rows of one file SUCCEEDED, and what is done about the others."""
     states = Counter(task.state for task in tasks)
-    asked = sum(is_to_be_fetched(task) for task in tasks) - states[State.SUCCEEDED]
-    old = states[State.UNFINISHED] - asked if api_key() else 0
+    unfinished = [task for task in tasks if task.state is State.UNFINISHED]
+    asked = sum(is_to_be_fetched(task) for task in unfinished)
+    not_asked = len(unfinished) - asked
+    old = not_asked if api_key() else 0  # with a key, only its age keeps a task from being asked
     ended = Counter(row_status(task.row) for task in tasks if task.state is State.ENDED)
     told = [f"{count:,} {status}" for status, count in ended.items()]
-    if states[State.UNFINISHED] > asked:
-        told.append(f"{states[State.UNFINISHED] - asked:,} not finished when polling ended")
+    if not_asked:
+        told.append(f"{not_asked:,} not finished when polling ended")
     console.say(f"  ✅ Found {states[State.SUCCEEDED]} SUCCEEDED tasks")
     if asked:
         console.say(f"  🔎 Runway is asked about {asked:,} that polling gave up on")
