@@ -183,7 +183,10 @@ def bare(text: object) -> str:
 
 
 def printable(text: object) -> str:
-    """Return ``text`` with bare links, and ``?`` for what a terminal would obey, not show."""
+    """Return ``text`` with bare links, and with ``?`` for each character that is not printable.
+
+    Some of those are commands to a terminal.
+    """
     safe = bare(text)
     if safe.isprintable():
         return safe
@@ -383,7 +386,7 @@ RUNWAY_STATUSES = {"PENDING", "RUNNING", "THROTTLED", SUCCEEDED, *ENDED_STATUSES
 
 FIRST_YEAR = 2018
 ASKED_FOR_S = 7 * DAY_S  # Runway is not asked about tasks that were submitted longer ago
-WARNED_FOR_S = 3 * DAY_S
+WARNED_FOR_S = 3 * DAY_S  # without a key, the tasks of older files are not worth a warning
 
 TEXT_FIELDS = (
     "task_id",
@@ -399,7 +402,7 @@ TEXT_FIELDS = (
     "createdAt",
     "created_at",
 )
-EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")
+EXTRA_FIELDS = ("cluster_id", "theme", "duration", "resolution")  # copied to the metadata
 
 
 NO_LINK = 'the row has no usable "video_url"'
@@ -455,7 +458,7 @@ def row_submitted(row: Object) -> str:
 
 
 def looks_like_a_task(row: object) -> bool:
-    """Whether a bare object is a task of Runway: it has an id, and a status or a link."""
+    """Whether ``row`` describes a task: it is an object with an id, and a status or a link."""
     if not isinstance(row, dict) or not row_id(row):
         return False
     return bool(row_status(row) or row_link(row))
@@ -517,25 +520,27 @@ def find_results_files(directories: Iterable[str | Path]) -> list[Path]:
     for directory in directories:
         for name in glob(f"{RESULTS_PREFIX}*.json", root_dir=directory):
             path = Path(directory, name)
-            if not path.is_dir():  # a dangling link is said to be unreadable
+            # Not Path.is_dir: before Python 3.14 it raises for a link that may not be followed.
+            # Such a link and one that leads nowhere are taken, and found unreadable later.
+            if not os.path.isdir(path):
                 files[os.path.realpath(path)] = path
     return sorted(files.values(), key=results_order, reverse=True)
 
 
-def results_order(path: Path) -> tuple[str, str]:
-    """Return what sorts results files: when ``path`` was saved, then its name.
+def results_order(path: Path) -> tuple[datetime, str]:
+    """Return the sort key of a results file: the second in which it was saved, then its name.
 
-    Times are compared as written, in local time, so no time zone or change of the clock can
-    reorder the files.
+    The times are naive local ones, as in the names, so that neither another time zone nor the
+    change to winter time can reorder the files.
     """
-    return f"{saved_at(path):%Y%m%d_%H%M%S}", path.name
+    return saved_at(path).replace(microsecond=0), path.name
 
 
 def saved_at(path: Path) -> datetime:
     """Return when a results file was saved, in naive local time.
 
-    The time in the name counts, since a clone or copy makes all modification times equal. A
-    name without one counts by its modification time, standard input as saved now.
+    The time in the name counts, since a clone or copy makes all modification times equal. If
+    the name has none, the modification time counts. Standard input counts as saved now.
     """
     named = time_in_name(path.name)
     if named:
@@ -596,7 +601,8 @@ def check_results_size(size_bytes: int) -> None:
 def parse_results(data: bytes) -> dict[str, Any]:
     """Return the polling results in ``data``: the poller's object, or Runway's own answers.
 
-    Raises ValueError, with line and column or byte, for what is no JSON in UTF-8.
+    Raises ValueError if ``data`` is not JSON in UTF-8, and says at which line and column or at
+    which byte. Raises it, too, for JSON without tasks.
     """
     try:
         document = json.loads(data.decode("utf-8-sig"))
@@ -624,7 +630,8 @@ _RESERVED = re.compile(  # https://learn.microsoft.com/windows/win32/fileio/nami
 def safe_stub(stub: str) -> str:
     """Return ``stub`` as a name that any common file system takes, ``""`` if nothing is left.
 
-    An ordinary stub comes back to the letter. Leading dots would hide the video.
+    An ordinary stub comes back unchanged. Leading dots are replaced, since they would hide the
+    video, and the names of devices and of results files are not left as they are.
     """
     name = in_locale(_UNSAFE.sub("_", stub))
     if not name.strip():
@@ -643,13 +650,16 @@ def in_locale(name: str) -> str:
 
 
 def fit(stub: str, suffix: str = "") -> str:
-    """Return ``stub + suffix``, the stub cut so that ``.json`` behind it fits a file name."""
+    """Return ``stub + suffix``, with the stub cut so far that ``.json`` can be added to both."""
     room = NAME_MAX_BYTES - len(suffix.encode()) - len(".json")
     return stub.encode()[:room].decode(errors="ignore") + suffix
 
 
 def fold(name: str) -> str:
-    """Return the same for names that a case-insensitive or normalising file system equates."""
+    """Return a form of ``name`` that is equal for names which some file systems do not tell apart.
+
+    Such a file system ignores case, or the Unicode form.
+    """
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
@@ -661,8 +671,8 @@ class State(Enum):
 
     SUCCEEDED = "SUCCEEDED"
     ENDED = "FAILED or CANCELLED"
-    UNFINISHED = "not finished"  # polling gave up on it
-    UNKNOWN = "not finished, and no id to ask about"
+    UNFINISHED = "any other status or none, but an id to ask about"  # polling gave up on it
+    UNKNOWN = "any other status or none, and no id to ask about"
 
 
 @dataclass(frozen=True)
@@ -763,7 +773,10 @@ def task_from_row(row: Object, stub: str = "", saved_s: float | None = None) -> 
 
 
 def wrong_with_row(row: object) -> list[str]:
-    """Say what keeps ``row``, or a field of it, from use."""
+    """Return what is wrong with ``row``, a line for each reason not to use it or a field of it.
+
+    A row whose link makes it worth a line is left to `odd_status_warning`.
+    """
     if not isinstance(row, dict):
         return ["not an object: passed over"]
     odd = [name for name in TEXT_FIELDS if not isinstance(row.get(name), str | None)]
@@ -889,9 +902,10 @@ def file_size(path: str | Path) -> int | None:
 
 
 def status_of(path: str | Path) -> os.stat_result | None:
-    """Return the status of what is under a name, ``None`` if nothing is.
+    """Return the status of what ``path`` leads to, ``None`` if there is nothing.
 
-    Of a symbolic link that leads nowhere, it is the link's own.
+    For a symbolic link that leads nowhere, returns the status of the link itself: its name is
+    not free. Raises OSError if the status cannot be read.
     """
     try:
         status = os.lstat(path)
@@ -1011,6 +1025,7 @@ KEPT = {Content.WHOLE, Content.SURPLUS, Content.OTHER}
 _BOXES = set(
     b"ftyp styp moov moof mdat free skip wide pnot meta uuid sidx mfra pdin udta emsg".split()
 )
+# The byte order mark of UTF-16, or no control characters but those of text.
 _TEXT = re.compile(
     rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z"
 )  # UTF-16, or no control bytes
@@ -1124,8 +1139,8 @@ def encode_metadata(metadata: Object) -> bytes:
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
     """Return the object in ``path``, or ``None`` when nothing or an empty file is there.
 
-    What is not ours to understand gives an empty object. Raises OSError for a file that cannot
-    be read: whose it is nobody knows then.
+    Returns an empty object for anything else that is there, such as a directory or a file that
+    is not JSON. Raises OSError for a file that cannot be read: then nobody knows whose it is.
     """
     status = status_of(path)
     if status is None:
@@ -1172,7 +1187,7 @@ class Holding(Enum):
 class Place:
     """One name in the directory. ``size_bytes`` is of the file there, ``None`` if there is none.
 
-    ``holder`` says what keeps a task from this name.
+    ``holder`` is the sentence that says why a task cannot have this name, ``""`` if it can.
     """
 
     path: Path
@@ -1211,16 +1226,17 @@ class Index:
     def scan(cls, directory: Path) -> Index:
         """Read all metadata once; raises `JobError` for a directory that cannot be listed."""
         index = cls(directory)
-        for name in list_names(directory):
+        names = list_names(directory)
+        for name in names:
             index.spellings[fold(name)] = name
             if HIDDEN_DIR_NAME.fullmatch(name):
                 index.hidden.append(name)
-        for stub, metadata in read_all_metadata(directory, index.spellings.values()):
-            index._note_stub(owner_key(metadata), stub)
+        for stub, metadata in read_all_metadata(directory, names):
+            index._note_home(owner_key(metadata), stub)
         return index
 
-    def _note_stub(self, key: str, stub: str) -> None:
-        """Remember where a task's metadata is; of several, the one whose video is there."""
+    def _note_home(self, key: str, stub: str) -> None:
+        """Remember where a task's metadata is; of several, the first whose video is there."""
         known = self.homes.get(key)
         is_better = known is None or not file_size(self.directory / f"{known}.mp4")
         if key and is_better:
@@ -1255,6 +1271,10 @@ class Index:
         return self._look_without_metadata(task, path, size)
 
     def _look_without_metadata(self, task: Task, path: Path, size: int | None) -> Place:
+        """Return what ``task`` finds at ``path``, of ``size`` bytes, if no metadata is beside it.
+
+        An orphan may be promised to another task: whose it is, is settled later.
+        """
         if size:
             with disk_errors(f"read {path.name}"):
                 is_video = inspect_path(path, size) in KEPT
@@ -1266,6 +1286,7 @@ class Index:
         return Place(path, Holding.FREE, size)
 
     def is_promised_to_another(self, task: Task, stub: str) -> bool:
+        """Whether the name is promised, and to a task other than ``task``."""
         return self.promised.get(fold(stub), task.key) != task.key
 
     def _other_spelling(self, path: Path) -> str:
@@ -1289,15 +1310,19 @@ def list_names(directory: Path) -> list[str]:
 def read_all_metadata(
     directory: Path, names: Iterable[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the stub and the content of each metadata file, whether its video is there or not."""
+    """Yield the stub and the content of each metadata file, whether its video is there or not.
+
+    Passes over a file that cannot be read: a download finds out when it looks at the name.
+    """
     for name in names:
-        is_metadata = name.endswith(".json") and not name.startswith((".", RESULTS_PREFIX))
-        if not is_metadata:
+        may_be_metadata = name.endswith(".json") and not name.startswith((".", RESULTS_PREFIX))
+        if not may_be_metadata:
             continue
-        with contextlib.suppress(OSError):  # its task finds out when it looks at the name
+        metadata: dict[str, Any] | None = None
+        with contextlib.suppress(OSError):
             metadata = read_metadata(f"{directory}{os.sep}{name}")
-            if metadata and as_object(metadata.get("runway_task_json")):
-                yield name.removesuffix(".json"), metadata
+        if metadata and as_object(metadata.get("runway_task_json")):
+            yield name.removesuffix(".json"), metadata
 
 
 def describe_holder(path: Path, metadata_path: Path, metadata: Object, size: int | None) -> str:
@@ -1316,17 +1341,17 @@ class Action(Enum):
     """What is to be done for a task."""
 
     KEEP = "its video is there"
-    REFILL = "its metadata is there, the video is to be downloaded"
     ADOPT = "a video without metadata is its own: it gets metadata"
     COMPARE = "a video without metadata is there: the size that the server announces tells whose"
-    DOWNLOAD = "the name is free"
+    DOWNLOAD = "no video is there; the name is free, or its metadata has it"
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to do for ``task``, whose video is to have the name ``path``.
 
-    ``size_bytes`` is of the file that is there. ``holder`` says why it is not the wanted name.
+    ``size_bytes`` is of the file that is there. ``holder`` is the sentence that says why an
+    earlier name, usually the wanted one, could not be taken, ``""`` if this was the first.
     """
 
     task: Task
@@ -1342,11 +1367,12 @@ class Plan:
 
 
 def plan_task(task: Task, index: Index, may_adopt: bool = True) -> Plan:
-    """Find ``task`` in the directory as it is now, or the place it is to have.
+    """Return the plan for ``task`` in the directory as it is now.
 
-    Its own video or metadata wins, then a video under a name with its id, then the best free
-    name. Unless it ``may_adopt``, a video without metadata is somebody else's. Raises `TaskError`
-    when a name cannot be read, or all are taken.
+    The first of these decides: its own video with metadata; its own metadata; an orphan whose
+    name holds the task's id; the first name that is free or holds an orphan to compare with.
+    Unless it ``may_adopt``, orphans count as somebody else's. Raises `TaskError` when a name
+    cannot be read, or all are taken.
     """
     home = index.homes.get(task.key, task.stub)
     stubs = dict.fromkeys([home, task.stub, *task.fallback_stubs])
@@ -1356,25 +1382,30 @@ def plan_task(task: Task, index: Index, may_adopt: bool = True) -> Plan:
             return Plan(task, place.path, Action.KEEP, place.size_bytes)
     for place in places:
         if place.holding is Holding.OWN_METADATA:
-            return Plan(task, place.path, Action.REFILL, place.size_bytes)
+            return Plan(task, place.path, Action.DOWNLOAD, place.size_bytes)
     if may_adopt:
         for place in places:
-            is_by_id = place.path.stem in task.fallback_stubs or is_default_name(task, place)
-            is_anothers = index.is_promised_to_another(task, place.path.stem)
-            if place.holding is Holding.ORPHAN and is_by_id and not is_anothers:
+            stub = place.path.stem
+            is_free_to_take = not index.is_promised_to_another(task, stub)
+            if place.holding is Holding.ORPHAN and holds_id(stub, task) and is_free_to_take:
                 return plan_orphan_by_id(task, place)
     return plan_free_place(task, places, may_adopt)
 
 
-def is_default_name(task: Task, place: Place) -> bool:
-    """Whether the name is ``video_<id>``, which holds the id, too."""
-    return bool(task.task_id) and place.path.stem == default_stub(task.task_id)
+def holds_id(stub: str, task: Task) -> bool:
+    """Whether ``stub`` is made from the task's id, as its fallbacks and ``video_<id>`` are.
+
+    The fallback of a task without an id is made from its link, and counts as well.
+    """
+    is_default = bool(task.task_id) and stub == default_stub(task.task_id)
+    return is_default or stub in task.fallback_stubs
 
 
 def plan_orphan_by_id(task: Task, place: Place) -> Plan:
     """Plan for a video whose name holds the task's id.
 
-    For a task that polling gave up on it is kept, without metadata: Runway has not confirmed it.
+    If polling gave up on the task, the video is kept without metadata, since nobody has asked
+    Runway whether the task SUCCEEDED.
     """
     is_finished = task.state is State.SUCCEEDED
     action = Action.ADOPT if is_finished else Action.KEEP
@@ -1390,7 +1421,7 @@ def plan_free_place(task: Task, places: Sequence[Place], may_adopt: bool) -> Pla
         # To compare, the server must be asked, and the new metadata must name the task.
         can_compare = may_adopt and task.key and task.state is State.SUCCEEDED
         if place.holding is Holding.ORPHAN and can_compare:
-            return Plan(task, place.path, Action.COMPARE, place.size_bytes, place.holder)
+            return Plan(task, place.path, Action.COMPARE, place.size_bytes, holder)
         holder = holder or place.holder
     hint = "move one of them away with its .json, then run again"
     taken = ", ".join(place.path.name for place in places)
@@ -1398,7 +1429,10 @@ def plan_free_place(task: Task, places: Sequence[Place], may_adopt: bool) -> Pla
 
 
 def plan_all(tasks: Sequence[Task], index: Index) -> list[Plan]:
-    """Plan ``tasks`` and promise each its name; in order, so that a rerun chooses the same ones."""
+    """Plan ``tasks`` in order, and note in ``index`` which name is promised to which of them.
+
+    The order of the tasks decides who gets a name that several want, so a rerun chooses alike.
+    """
     index.promised.clear()
     index.wanted = Counter(fold(task.stub) for task in tasks)
     plans = []
@@ -1410,7 +1444,10 @@ def plan_all(tasks: Sequence[Task], index: Index) -> list[Plan]:
 
 
 def plan_by_index(task: Task, index: Index) -> Plan | None:
-    """Return the plan for a video that the scan saw, so that a rerun looks at each file once."""
+    """Return the plan to keep a video whose metadata the scan has read, else ``None``.
+
+    It does without `Index.look`, which would read the metadata a second time.
+    """
     stub = index.homes.get(task.key) if task.key else None
     if stub is None:
         return None
@@ -1420,7 +1457,10 @@ def plan_by_index(task: Task, index: Index) -> Plan | None:
 
 
 def plan_or_guess(task: Task, index: Index) -> Plan:
-    """Return the plan for ``task``; a name that cannot be read is reported by its download."""
+    """Return the plan for ``task``, or to download it under its stub if planning fails.
+
+    The download plans anew, and reports what is wrong then.
+    """
     try:
         return plan_task(task, index)
     except TaskError:
@@ -1434,10 +1474,10 @@ STOP_GRACE_S = 1.0
 
 
 class Watch:
-    """Shared by a download's thread, which notes bytes, and the leading one, which looks on.
+    """Shared by the thread of a download, which notes bytes, and the leader, which looks on.
 
-    A download that has brought nothing for three timeouts is hung, whatever it is stuck in: a
-    name look-up, a head that drips without end, a proxy, a mount. The leader gives it up, and
+    A download that has noted nothing for three timeouts is hung, whatever it is stuck in: a name
+    look-up, response headers that never end, a proxy, a mount. The leader gives up on it, and
     its thread finds out at its next `check`. A thread that waits on purpose calls `pause`.
     """
 
@@ -1459,6 +1499,7 @@ class Watch:
         self._moved_s = math.inf
 
     def note(self, size_bytes: int = 0) -> None:
+        """Note that ``size_bytes`` came, or just that the thread got on with its work."""
         self.received_bytes += size_bytes
         self._moved_s = time.monotonic()
 
@@ -1467,7 +1508,7 @@ class Watch:
         self._moved_s += seconds
 
     def check(self) -> None:
-        """Raise `Cancelled` when this thread is to touch nothing more."""
+        """Raise `Cancelled` when this thread must change nothing more."""
         if self._is_given_up or self._stop.is_set():
             raise Cancelled
 
