@@ -1026,9 +1026,7 @@ _BOXES = set(
     b"ftyp styp moov moof mdat free skip wide pnot meta uuid sidx mfra pdin udta emsg".split()
 )
 # The byte order mark of UTF-16, or no control characters but those of text.
-_TEXT = re.compile(
-    rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z"
-)  # UTF-16, or no control bytes
+_TEXT = re.compile(rb"\xff\xfe|\xfe\xff|[^\x00-\x08\x0e-\x1a\x1c-\x1f]*\Z")
 
 
 def inspect(file: BinaryIO, size_bytes: int) -> Content:

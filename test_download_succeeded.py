@@ -2599,11 +2599,18 @@ FREE = [
     Found("ours, renamed, without its video", {"holiday.json": MINE}, "holiday"),
     Found("text under a name with our id", ALL_OTHERS | {f"{SECOND}.mp4": b"text"}, SECOND),
 ]
+TWO_CASES = {
+    "Holiday.json": MINE,
+    "Holiday.mp4": WHOLE,
+    "holiday.json": OTHERS,
+    "holiday.mp4": WHOLE,
+}
 WITH_MY_ID = {f"{SECOND}.json": MINE, f"{SECOND}.mp4": WHOLE}
 THERE = [
     untouched("ours, edited in place", ALL_OURS | {"s.mp4": b"edited"}, "s"),
     untouched("ours, renamed", RENAMED, "holiday"),
     untouched("ours, renamed; another's instead", RENAMED | ALL_OTHERS, "holiday"),
+    untouched("ours, another's in another case", TWO_CASES, "Holiday"),
     untouched("ours twice, once finished", RENAMED | {"s.json": MINE}, "holiday"),
     untouched("ours in another case", {"S.json": MINE, "S.mp4": WHOLE}, "S"),
     untouched("ours under the second name", ALL_OTHERS | WITH_MY_ID, SECOND),
@@ -6946,6 +6953,15 @@ def test_words_reach_the_command_to_the_letter_without_a_shell(
     assert "owned" not in names_in(output_dir)
 
 
+@unix_only
+def test_variables_of_a_shell_are_left_to_it(tmp_path: Path, output_dir: Path, cdn: Cdn) -> None:
+    write_results(tmp_path, serve(cdn, 1))
+    script = 'video=its_own; echo "${video} ${none:-default} $1" >said'
+    assert run_script(tmp_path, "--exec", f"sh -c '{script}' sh {{video}}").returncode == 0
+    said = (tmp_path / "said").read_text().split()
+    assert said == ["its_own", "default", str(output_dir / "picture_0.mp4")]
+
+
 # What is handed over: each row is what was done before, then how often a run with --exec calls.
 
 
@@ -7538,7 +7554,9 @@ def test_threads_on_one_downloader_mix_nothing_up(tmp_path: Path, cdn: Cdn) -> N
     assert len(cdn.requests) == 12
 
 
-def test_stop_from_another_thread_ends_the_call_alone(tmp_path: Path, cdn: Cdn) -> None:
+def test_stop_from_another_thread_ends_the_call_alone(
+    tmp_path: Path, cdn: Cdn, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = serve(cdn, 3)
     cdn.add("1.mp4", make_mp4(1), Reply(send=HALF, ending="hang"), GOOD)
     cdn.add("2.mp4", make_mp4(2), Reply(wait_s=60), GOOD)
@@ -7557,6 +7575,8 @@ def test_stop_from_another_thread_ends_the_call_alone(tmp_path: Path, cdn: Cdn) 
     assert first is None
     assert HALF - 1000 < (second or 0) <= HALF
     assert_home(videos, 3)
+    downloader.print_final_stats()
+    assert "3 of 3 on disk" in capsys.readouterr().out
 
 
 class Hasty(dsv.VideoDownloader):
@@ -8217,7 +8237,9 @@ def test_more_contents_are_seen_as_what_they_are(tmp_path: Path, cdn: Cdn) -> No
         [Reply(body=OBJECT + b"\0\0\0", framing="close"), GOOD],
         requests=2,
     )
-    behind_zeros = contents("a byte behind 600 kB of zeros", bytes(600_000) + b"\1", says="not an MP4")
+    behind_zeros = contents(
+        "a byte behind 600 kB of zeros", bytes(600_000) + b"\1", says="not an MP4"
+    )
     rows = [in_first_head, in_a_head, behind_zeros]
     run = run_cases(cdn, tmp_path, rows, "--retries", "1")
     for case in rows:
@@ -8430,6 +8452,16 @@ def test_a_silence_of_30_s_is_broken(capsys: pytest.CaptureFixture[str]) -> None
     now_s = 30.0
     console.show_progress(dsv.Progress(0, 1, 0))
     assert "0/1" in capsys.readouterr().out
+
+
+def test_the_line_that_breaks_a_silence_tells_the_rate_of_the_last_seconds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now_s = 0.0
+    console = dsv.Console(clock=lambda: now_s)
+    for now_s in (25.0, 28.0, 30.0):
+        console.show_progress(dsv.Progress(0, 1, int(now_s) * 2**20))
+    assert "1.0 MB/s" in capsys.readouterr().out
 
 
 # --- The index at the top of this file ------------------------------------------------------------
