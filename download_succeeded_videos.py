@@ -1145,8 +1145,11 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
         return None
     if not stat.S_ISREG(status.st_mode) or status.st_size > METADATA_MAX_BYTES:
         return {}  # a pipe would keep us waiting
-    with open(path, "rb", buffering=0) as file:
-        data = file.read()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = file.read()
+    except FileNotFoundError:  # another run has removed it since
+        return None
     if not data:
         return None
     try:
@@ -2932,8 +2935,10 @@ class Download:
         """
         if self.plan.action is not Action.COMPARE:
             return self.failed(fault)
-        is_alone = self._tools.index.wanted[fold(self.plan.path.stem)] <= 1
-        if is_alone:
+        stub = self.plan.path.stem
+        is_alone = self._tools.index.wanted[fold(stub)] <= 1
+        is_anothers = self._tools.index.is_promised_to_another(self.task, stub)
+        if is_alone and not is_anothers:
             note = f"  ℹ️ Taken for this task's, since its link could not be asked: {fault.why}"
             adopted = self._adopt(note)
             if adopted:
@@ -4349,6 +4354,9 @@ class VideoDownloader:
             with disk_errors(f"describe {video}"):
                 info = describe_file(video)
                 put_metadata(Path(metadata_path), parsed, video.name, info, self._hidden())
+        except DiskFull as error:
+            self._console.complain(f"❌ {no_space_left(self.output_dir, error)}")
+            return False
         except (DownloaderError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             self._console.complain(f"❌ {printable(metadata_path)}: {printable(reason)}")

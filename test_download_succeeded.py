@@ -7352,6 +7352,20 @@ def test_create_metadata_json_answers_if_it_could(
     assert names_in(tmp_path) == {"a.mp4", "a.json"}
 
 
+def test_create_metadata_json_says_that_the_disk_is_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    video = tmp_path / "a.mp4"
+    video.write_bytes(WHOLE)
+    downloader = make_downloader(tmp_path)
+    monkeypatch.setattr(os, "fsync", no_room)
+    assert downloader.create_metadata_json(make_row(), video, tmp_path / "a.json") is False
+    assert "no space left" in capsys.readouterr().err
+
+
 # Callbacks
 
 
