@@ -149,7 +149,7 @@ except (ImportError, OSError) as missing:  # OSError: some versions open SSLKEYL
 
 VERSION = "3.0.0"
 
-Object = Mapping[str, Any]  # a JSON object
+JsonObject = Mapping[str, Any]  # a JSON object
 
 DEFAULT_OUTPUT_DIR = "video_outputs"
 RESULTS_PREFIX = "runway_polling_results_"
@@ -412,7 +412,7 @@ def as_object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def text_of(row: Object, *names: str) -> str:
+def text_of(row: JsonObject, *names: str) -> str:
     """Return the first of the fields ``names`` that is a non-empty text, else ``""``."""
     for name in names:
         value = row.get(name)
@@ -421,17 +421,17 @@ def text_of(row: Object, *names: str) -> str:
     return ""
 
 
-def row_id(row: Object) -> str:
+def row_id(row: JsonObject) -> str:
     return text_of(row, "task_id", "id")
 
 
-def row_status(row: Object) -> str:
+def row_status(row: JsonObject) -> str:
     """Return the status in capitals; the poller's takes precedence over the one at submission."""
     status = text_of(row, "final_status", "status").strip().upper()
     return "CANCELLED" if status == "CANCELED" else status
 
 
-def row_links(row: Object) -> list[str]:
+def row_links(row: JsonObject) -> list[str]:
     """Return the usable links of ``row``: of ``video_url``, else of ``output``."""
     for name in ("video_url", "output"):
         value = row.get(name)
@@ -442,17 +442,17 @@ def row_links(row: Object) -> list[str]:
     return []
 
 
-def row_link(row: Object) -> str:
+def row_link(row: JsonObject) -> str:
     """Return the link to the video, the first of several, else ``""``."""
     links = row_links(row)
     return links[0] if links else ""
 
 
-def row_prompt(row: Object) -> str:
+def row_prompt(row: JsonObject) -> str:
     return text_of(row, "prompt", "promptText")
 
 
-def row_submitted(row: Object) -> str:
+def row_submitted(row: JsonObject) -> str:
     """Return when the task was submitted, as the row has it."""
     return text_of(row, "timestamp", "createdAt", "created_at")
 
@@ -688,7 +688,7 @@ class Task:
     link: str = field(repr=False)
     state: State
     submitted_s: float
-    row: Object = field(repr=False)
+    row: JsonObject = field(repr=False)
 
     @functools.cached_property
     def key(self) -> str:
@@ -709,7 +709,7 @@ class Task:
         suffixes = [safe_stub(self.task_id[:8]), digest(identity)[:16]]
         return [fit(self.stub, f"_{each}") for each in suffixes if each]
 
-    def owns(self, metadata: Object) -> bool:
+    def owns(self, metadata: JsonObject) -> bool:
         """Whether ``metadata`` is about this task."""
         return bool(self.key) and owner_key(metadata) == self.key
 
@@ -723,7 +723,7 @@ class Task:
         return replace(self, state=State.SUCCEEDED, link=link)
 
 
-def row_key(row: Object) -> str:
+def row_key(row: JsonObject) -> str:
     """Return what identifies the task of ``row``: its id, else its link without the query."""
     task_id = row_id(row)
     if task_id:
@@ -732,12 +732,12 @@ def row_key(row: Object) -> str:
     return f"link {without_query(link)}" if link else ""
 
 
-def owner_key(metadata: Object) -> str:
+def owner_key(metadata: JsonObject) -> str:
     """Return the key of the task that ``metadata`` is about, ``""`` if it names none."""
     return row_key(as_object(metadata.get("runway_task_json")))
 
 
-def wanted_stub(row: Object) -> str:
+def wanted_stub(row: JsonObject) -> str:
     """Return the name that ``row`` asks for, made safe, without suffix."""
     return safe_stub(text_of(row, "target_filename_stub")) or default_stub(row_id(row))
 
@@ -746,7 +746,7 @@ def default_stub(task_id: str) -> str:
     return safe_stub(f"video_{task_id[:8] or 'unknown'}")
 
 
-def row_state(row: Object) -> State:
+def row_state(row: JsonObject) -> State:
     status = row_status(row)
     if status == SUCCEEDED:
         return State.SUCCEEDED
@@ -755,7 +755,7 @@ def row_state(row: Object) -> State:
     return State.UNFINISHED if row_id(row) else State.UNKNOWN
 
 
-def task_from_row(row: Object, stub: str = "", saved_s: float | None = None) -> Task:
+def task_from_row(row: JsonObject, stub: str = "", saved_s: float | None = None) -> Task:
     """Return the task of ``row``.
 
     ``stub`` is its name if that is not for the row to say. ``saved_s`` is when its results were
@@ -787,7 +787,7 @@ def wrong_with_row(row: object) -> list[str]:
     return wrong
 
 
-def shown_status(row: Object) -> str:
+def shown_status(row: JsonObject) -> str:
     written = text_of(row, "final_status", "status")
     return f'"{printable(written[:40])}"' if written else "missing"
 
@@ -822,7 +822,7 @@ class Rows:
     wrong: list[str]
 
 
-def read_rows(results: Object, name_row: Callable[[Object], str], saved_s: float) -> Rows:
+def read_rows(results: JsonObject, name_row: Callable[[JsonObject], str], saved_s: float) -> Rows:
     """Read all rows of a results object.
 
     ``name_row`` gives each row's stub: a subclass of `VideoDownloader` may name the videos.
@@ -1092,7 +1092,7 @@ def describe_file(path: str | Path, on_block: Callable[[], None] = lambda: None)
     return file_info(size_bytes, sha256.hexdigest())
 
 
-def build_metadata(task: Task, video_name: str, info: Object, now: datetime) -> dict[str, Any]:
+def build_metadata(task: Task, video_name: str, info: JsonObject, now: datetime) -> dict[str, Any]:
     """Return what ``<stub>.json`` holds; ``now`` is naive local time, as the poller writes it."""
     row = task.row
     task_json = {
@@ -1128,7 +1128,7 @@ def is_json(value: object) -> bool:
     return True
 
 
-def encode_metadata(metadata: Object) -> bytes:
+def encode_metadata(metadata: JsonObject) -> bytes:
     """Return ``metadata`` as JSON in UTF-8, readable as it is; only lone surrogates are escaped."""
     text = json.dumps(metadata, indent=2, ensure_ascii=False)
     return re.sub(r"[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text).encode()
@@ -1326,7 +1326,7 @@ def read_all_metadata(
             yield name.removesuffix(".json"), metadata
 
 
-def describe_holder(path: Path, metadata_path: Path, metadata: Object, size: int | None) -> str:
+def describe_holder(path: Path, metadata_path: Path, metadata: JsonObject, size: int | None) -> str:
     """Say whose the metadata is, and so the name."""
     if not owner_key(metadata):
         return f"{metadata_path.name} is another program's file"
@@ -2615,7 +2615,7 @@ class Outcome:
 REAL_LINK_ERRORS = {errno.EEXIST, errno.ENOENT, errno.ENOSPC, errno.EDQUOT}
 
 
-def publish_video(part: Part, plan: Plan, info: Object, hidden: HiddenFiles) -> None:
+def publish_video(part: Part, plan: Plan, info: JsonObject, hidden: HiddenFiles) -> None:
     """Give a whole part its name, so that whoever sees the video finds its metadata.
 
     A kill in between leaves metadata without a video, which the next run fills. Raises
@@ -2651,7 +2651,7 @@ def remove_what_is_no_video(path: Path, seen_bytes: int | None) -> None:
         os.unlink(path)
 
 
-def holds_video(path: Path, info: Object) -> bool:
+def holds_video(path: Path, info: JsonObject) -> bool:
     """Whether the file ``path`` holds the bytes that ``info`` describes."""
     with contextlib.suppress(OSError):
         return file_size(path) == info["size_bytes"] and describe_file(path) == info
@@ -2659,7 +2659,7 @@ def holds_video(path: Path, info: Object) -> bool:
 
 
 def take_back_metadata(
-    path: Path, plan: Plan, info: Object, is_new: bool, hidden: HiddenFiles
+    path: Path, plan: Plan, info: JsonObject, is_new: bool, hidden: HiddenFiles
 ) -> None:
     """Remove metadata that describes a video of ours which did not get its name.
 
@@ -2677,7 +2677,7 @@ def take_back_metadata(
 
 
 def put_metadata(
-    path: Path, task: Task, video_name: str, info: Object, hidden: HiddenFiles
+    path: Path, task: Task, video_name: str, info: JsonObject, hidden: HiddenFiles
 ) -> bool:
     """Have ``path`` describe the video; return whether it was not there before.
 
@@ -2697,7 +2697,7 @@ def put_metadata(
 
 
 def update_metadata(
-    path: Path, there: Object, changes: Object, file_key: str, hidden: HiddenFiles
+    path: Path, there: JsonObject, changes: JsonObject, file_key: str, hidden: HiddenFiles
 ) -> None:
     """Replace the metadata in one step, if ``changes`` change anything."""
     changed = {**there, **changes}
@@ -2711,7 +2711,7 @@ def update_metadata(
 
 
 def confirm_metadata(
-    path: Path, task: Task, video_name: str, info: Object, hidden: HiddenFiles
+    path: Path, task: Task, video_name: str, info: JsonObject, hidden: HiddenFiles
 ) -> None:
     """Have the metadata describe the video that we published.
 
@@ -3257,7 +3257,7 @@ class Command:
         return [either.sub(lambda match: paths[match[0]], word) for word in self.words]
 
 
-def receipts_of(metadata: Object) -> list[str]:
+def receipts_of(metadata: JsonObject) -> list[str]:
     """Return the receipts of the commands that took the video, none if there is no such list."""
     receipts = metadata.get("handed_over")
     if not isinstance(receipts, list):
@@ -4079,7 +4079,7 @@ class Found:
 def read_tasks(
     paths: Sequence[Path],
     console: Console,
-    name_row: Callable[[Object], str] = wanted_stub,
+    name_row: Callable[[JsonObject], str] = wanted_stub,
     choice: Choice = Choice(),
 ) -> Found:
     """Read results files, latest first, and print what is in them.
@@ -4115,7 +4115,7 @@ def read_one_file(
     path: Path,
     saved_s: float,
     console: Console,
-    name_row: Callable[[Object], str],
+    name_row: Callable[[JsonObject], str],
     choice: Choice,
 ) -> list[Task]:
     """Return the chosen tasks of one results file, and print what is in it.
@@ -4283,7 +4283,7 @@ class VideoDownloader:
             self._console.complain(f"❌ {error}")
             return {}
 
-    def get_succeeded_tasks(self, results: Object) -> list[Object]:
+    def get_succeeded_tasks(self, results: JsonObject) -> list[JsonObject]:
         """Return the raw rows, in order, that SUCCEEDED and have a usable ``video_url``.
 
         With ``RUNWAYML_API_SECRET`` set also those without, and those that polling gave up on, as
@@ -4303,14 +4303,14 @@ class VideoDownloader:
         self._console.complain(*shortened([f"⚠️ {each}" for each in wrong], NAMES_SHOWN))
         return chosen
 
-    def generate_filename_stub(self, task: Object) -> str:
+    def generate_filename_stub(self, task: JsonObject) -> str:
         """Return the name that row ``task`` asks for, made safe, without suffix.
 
         A subclass may override this to name the videos.
         """
         return wanted_stub(as_object(task))
 
-    def process_succeeded_task(self, task: Object) -> bool:
+    def process_succeeded_task(self, task: JsonObject) -> bool:
         """Bring the video of row ``task`` to disk; return whether it is there, new or before."""
         row = as_object(task)
         parsed = task_from_row(row, self.generate_filename_stub(row))
@@ -4345,7 +4345,7 @@ class VideoDownloader:
             return self._run_safely(found.tasks)
 
     def create_metadata_json(
-        self, task: Object, video_path: str | Path, metadata_path: str | Path
+        self, task: JsonObject, video_path: str | Path, metadata_path: str | Path
     ) -> bool:
         """Write the metadata of row ``task`` and the video on disk; return whether it worked."""
         parsed = task_from_row(as_object(task))
@@ -4407,22 +4407,22 @@ class VideoDownloader:
             self._report.begin(tasks)
             self._console.begin(len(tasks))
             index = self._current_index()
-            jobs = self._settle_what_is_there(plan_all(tasks, index))
+            plans_to_do = self._settle_what_is_there(plan_all(tasks, index))
             hidden = self._hidden()
             try:
-                if jobs:
-                    self._work(jobs, index, hidden, before, len(tasks), stop)
+                if plans_to_do:
+                    self._work(plans_to_do, index, hidden, before, len(tasks), stop)
             finally:
                 self._tidy(tasks, index, hidden, before)
             return sum(each.is_on_disk for each in self._report.outcomes[before:])
 
     def _settle_what_is_there(self, plans: Sequence[Plan]) -> list[Plan]:
         """Report the videos that are there, and return the plans for which there is work."""
-        jobs = []
+        plans_to_do = []
         settled = 0
         for plan in plans:
             if plan.action is not Action.KEEP or self._is_due(plan.path):
-                jobs.append(plan)
+                plans_to_do.append(plan)
                 continue
             settled += 1
             outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
@@ -4433,7 +4433,7 @@ class VideoDownloader:
             more = counted(settled - EXISTING_SHOWN, "more video")
             self._console.say("", f"  ⚠️ {more} already there")
         # Downloads first, and of those the links that die soonest.
-        return sorted(jobs, key=lambda job: (job.is_there, link_expiry(job.task.link)))
+        return sorted(plans_to_do, key=lambda plan: (plan.is_there, link_expiry(plan.task.link)))
 
     def _is_due(self, path: Path) -> bool:
         """Whether a command is to take the video, or its metadata cannot be read just now."""
@@ -4444,19 +4444,19 @@ class VideoDownloader:
 
     def _work(
         self,
-        jobs: Sequence[Plan],
+        plans_to_do: Sequence[Plan],
         index: Index,
         hidden: HiddenFiles,
         before: int,
         total: int,
         stop: threading.Event,
     ) -> None:
-        """Carry ``jobs`` out in worker threads; report each in this one.
+        """Carry ``plans_to_do`` out in worker threads; report each in this one.
 
         ``before`` is how many outcomes earlier calls have reported, and ``total`` how many tasks
         this one has.
         """
-        workers = min(self.settings.workers, len(jobs))
+        workers = min(self.settings.workers, len(plans_to_do))
         self._tls_context = self._tls_context or make_tls_context()
         client = HttpClient(self._tls_context, self.settings.timeout, workers)
         tools = Tools(
@@ -4475,20 +4475,20 @@ class VideoDownloader:
 
         run = Run(tools, workers, Listener(self._record, show_progress, self._console.say))
         try:
-            run.work(jobs)
+            run.work(plans_to_do)
         except DiskFull as error:
-            hidden.remove_all_of({job.task.file_key for job in jobs})
+            hidden.remove_all_of({plan.task.file_key for plan in plans_to_do})
             raise no_space_left(self.output_dir, error) from None
         finally:
             self._console.clear_line()
-            self._report_kept_waiting(jobs, before)
+            self._report_kept_waiting(plans_to_do, before)
 
-    def _report_kept_waiting(self, jobs: Iterable[Plan], before: int) -> None:
+    def _report_kept_waiting(self, plans_to_do: Iterable[Plan], before: int) -> None:
         """Report the videos that are there, but that a stop has kept from being handed over."""
         reported = {outcome.task.key for outcome in self._report.outcomes[before:]}
-        for job in jobs:
-            if job.action is Action.KEEP and job.task.key not in reported:
-                there = Outcome(job.task, Status.EXISTS, job.path, job.size_bytes)
+        for plan in plans_to_do:
+            if plan.action is Action.KEEP and plan.task.key not in reported:
+                there = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
                 self._record(replace(there, is_kept_waiting=True), is_shown=False)
 
     def _tidy(self, tasks: Sequence[Task], index: Index, hidden: HiddenFiles, before: int) -> None:
@@ -4649,7 +4649,7 @@ def verify(directory: Path, console: Console, report: Report) -> None:
     console.complain(*failure_lines(report.outcomes))
 
 
-def check_video(path: Path, metadata: Object) -> Outcome:
+def check_video(path: Path, metadata: JsonObject) -> Outcome:
     """Hold the video ``path`` against its ``metadata``."""
     row = as_object(metadata.get("runway_task_json"))
     task = replace(task_from_row(row, path.stem), state=State.SUCCEEDED)
@@ -4662,7 +4662,7 @@ def check_video(path: Path, metadata: Object) -> Outcome:
     return Outcome(task, Status.EXISTS, path, size)
 
 
-def check_against(path: Path, size: int | None, info: Object) -> None:
+def check_against(path: Path, size: int | None, info: JsonObject) -> None:
     """Raise `TaskError` unless the video is as ``info`` says, or without that, a whole MP4."""
     hint = "if you edited it, leave it; else move it away and run again"
     if size == 0:
@@ -4769,7 +4769,7 @@ function addPlayer(card) {
     }
   };
   video.setAttribute("aria-label", link.textContent);
-  Object.assign(video, {preload: "metadata", loop: true, playsInline: true, tabIndex: 0});
+  JsonObject.assign(video, {preload: "metadata", loop: true, playsInline: true, tabIndex: 0});
   video.src = link.href + "#t=0.001";  // so that iOS shows the first picture
   showControls();
   figure.append(video);
@@ -4843,11 +4843,11 @@ def escaped(value: object) -> str:
     return html.escape(text)
 
 
-def download_time(metadata: Object) -> str:
+def download_time(metadata: JsonObject) -> str:
     return text_of(metadata, "download_timestamp")
 
 
-def gallery_card(video: Path, size_bytes: int, metadata: Object) -> str:
+def gallery_card(video: Path, size_bytes: int, metadata: JsonObject) -> str:
     """Return the HTML of one video, whatever its metadata holds."""
     name = video.name
     task = as_object(metadata.get("runway_task_json"))
@@ -4865,7 +4865,7 @@ def gallery_card(video: Path, size_bytes: int, metadata: Object) -> str:
     return GALLERY_CARD.format_map(texts)
 
 
-def render_gallery(videos: Sequence[tuple[Path, int, Object]]) -> str:
+def render_gallery(videos: Sequence[tuple[Path, int, JsonObject]]) -> str:
     """Return the page that shows the videos, newest first.
 
     Each video is its path, its size in bytes and its metadata.
@@ -5238,7 +5238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code
 
 
-def print_json(document: Object, console: Console) -> int:
+def print_json(document: JsonObject, console: Console) -> int:
     """Print the object of --json; return the exit code in it, or 1 if nobody could read it."""
     try:
         print(json.dumps(document, indent=2), flush=True)
