@@ -2270,7 +2270,11 @@ def read_blocks(response: requests.Response, watch: Watch, timeout_s: float) -> 
             pieces.clear()
         if not piece and not came:
             return
-        stall.count(came)
+        try:
+            stall.count(came)
+        except TransientError:
+            yield b"".join(pieces)
+            raise
 
 
 class StallDetector:
