@@ -890,7 +890,7 @@ def is_named(task_id: str, names: Iterable[str]) -> bool:
 # --- Files: what the other chapters ask of the file system ------------------------------------
 
 CHUNK_BYTES = 512 * 1024  # read from a file at a time
-NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+FSYNC_NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def file_size(path: str | Path) -> int | None:
@@ -932,7 +932,8 @@ def age_s(path: Path) -> float:
 def share_with_writers(path: Path, directory_mode: int) -> None:
     """Let all who may write to the directory read the file ``path``, whatever our umask.
 
-    Otherwise another user of a shared directory could not tell whose the videos are.
+    Otherwise another user of a shared directory could not read the metadata, and so not tell
+    whose the videos are.
     """
     wanted = 0
     if directory_mode & stat.S_IWGRP:
@@ -953,7 +954,7 @@ def remove(path: Path) -> None:
 
 
 def close(file: BinaryIO) -> None:
-    """Close a file to which perhaps nothing was written; nothing depends on what it holds."""
+    """Close a file, and ignore all errors: it is about to be removed, or synced by its path."""
     with contextlib.suppress(OSError, ValueError):
         make_file_appear(file.fileno())
     with contextlib.suppress(OSError):
@@ -963,9 +964,9 @@ def close(file: BinaryIO) -> None:
 def make_file_appear(descriptor: int) -> None:
     """Have an unwritten file created now, not later.
 
-    Some mounts, rclone's among them, create a file only when a descriptor of it is closed. If
-    that comes late, the file is back after it was removed, or empties what was renamed over it.
-    So a duplicate is closed first.
+    Some mounts, rclone's among them, create a file only when a descriptor of it is closed. If we
+    have removed its name by then, it comes back; if we have renamed another file to that name, that
+    file becomes empty. So a duplicate of the descriptor is closed before.
     """
     os.close(os.dup(descriptor))
 
@@ -975,7 +976,7 @@ def sync_file(descriptor: int) -> bool:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in NOT_SUPPORTED:
+        if error.errno not in FSYNC_NOT_SUPPORTED:
             raise
         return False
     return True
@@ -984,8 +985,8 @@ def sync_file(descriptor: int) -> bool:
 def sync_and_close(file: BinaryIO) -> None:
     """Have an unbuffered file reach the disk, and close it.
 
-    What has reached the disk is safe, whatever closing says. Elsewhere, as on some network mounts,
-    only closing tells that it is not.
+    After an fsync that worked, an error of closing means nothing. Where there is no fsync, as on
+    some network mounts, an error of closing is the only sign that the file is not safe.
     """
     is_safe = sync_file(file.fileno())
     try:
@@ -1548,22 +1549,24 @@ VALIDATOR_MAX_BYTES = 60  # it is kept in a file name, as base64
 
 @dataclass(frozen=True)
 class Source:
-    """The object on a server that bytes are the beginning of: its size, and its validator.
+    """What a server sends for a link: its size, and a validator that changes when it does.
 
-    The validator is the strong ETag, else Last-Modified (RFC 9110, section 8.8).
+    Bytes of the same source may be joined. The validator is the ETag, or Last-Modified if there is
+    no ETag (RFC 9110, section 8.8); with a weak ETag there is no source.
     """
 
     total_bytes: int
     validator: str
 
     @property
-    def is_nameable(self) -> bool:
+    def fits_a_name(self) -> bool:
+        """Whether the name of a leftover can hold it; without that, nothing can be resumed."""
         return 0 < len(self.validator) <= VALIDATOR_MAX_BYTES and self.total_bytes > 0
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """The beginning of an object, which an earlier attempt let go of."""
+    """The first bytes of ``source``, or all of them, that an earlier attempt let go of."""
 
     path: Path
     size_bytes: int
@@ -1575,7 +1578,7 @@ class Leftover:
 
 
 def leftover_name(file_key: str, source: Source) -> str:
-    """Return a name that says what the bytes are the beginning of: no crash can part the two."""
+    """Return a name that holds the source, so that no crash can separate it from the bytes."""
     validator = base64.urlsafe_b64encode(source.validator.encode("latin-1")).decode()
     return f"{file_key}.{random_hex()}.{source.total_bytes}.{validator}.left"
 
@@ -1586,14 +1589,14 @@ def parse_leftover(path: Path) -> Leftover | None:
         _key, _random, total, validator, suffix = path.name.split(".")
         source = Source(int(total), base64.urlsafe_b64decode(validator).decode("latin-1"))
         size = file_size(path) or 0
-        has_some = source.is_nameable and 0 < size <= source.total_bytes
-        if suffix == "left" and has_some and os.access(path, os.R_OK):
+        is_possible = source.fits_a_name and 0 < size <= source.total_bytes
+        if suffix == "left" and is_possible and os.access(path, os.R_OK):
             return Leftover(path, size, source)
     return None
 
 
 def best_leftover(paths: Iterable[Path]) -> Leftover | None:
-    """Return the longest leftover of the object that the newest one is the beginning of."""
+    """Return the longest of the leftovers that have the same source as the newest one."""
     found = [each for each in map(parse_leftover, paths) if each]
     newest = min(found, key=lambda each: age_s(each.path), default=None)
     same = [each for each in found if newest and each.source == newest.source]
@@ -1622,14 +1625,18 @@ def is_process_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        pass  # it is another user's
+        pass  # it is another user's, or ``pid`` is too large to be one
     return True
 
 
 def owner_is_gone(name: str) -> bool:
-    """Whether the hidden file ``name`` is of a process of this host that has ended."""
-    fields = name.split(".")
-    host, _, pid = fields[1].partition("-") if len(fields) > 2 else ("", "", "")
+    """Whether the hidden file ``name`` is of a process of this host that has ended.
+
+    A part is named ``<file_key>.<host>-<pid>.<random>.part``, see `HiddenFiles.create`. The name of
+    a leftover has no owner.
+    """
+    words = name.split(".")
+    host, _, pid = words[1].partition("-") if len(words) > 2 else ("", "", "")
     is_local = host == host_id() and pid.isdecimal()
     return is_local and not is_process_alive(int(pid))
 
@@ -1637,7 +1644,7 @@ def owner_is_gone(name: str) -> bool:
 class HiddenFiles:
     """The hidden directory inside an output directory, where all that is unfinished lies.
 
-    A part or temporary file there belongs to the process that made it, and bears its name: no
+    A part or temporary file there belongs to the process whose host and number are in its name: no
     other process writes, renames or publishes it. A leftover belongs to nobody: any attempt may
     copy or remove it. So there is nothing to lock.
     """
@@ -1665,21 +1672,22 @@ class HiddenFiles:
         except (PermissionError, NotADirectoryError):
             if home == self._own_home:
                 raise
-        time.sleep(CHMOD_PENDING_S)  # another user may be about to open it to us
+        time.sleep(CHMOD_PENDING_S)  # another user may have made it, and chmod follows: see `_make`
         with contextlib.suppress(PermissionError, NotADirectoryError):
             return home / name, self._open_in(home, name)
         self.home = self._own_home
         return self.home / name, self._open_in(self.home, name)
 
     def _open_in(self, home: Path, name: str) -> BinaryIO:
-        for _ in range(NAME_TRIES):
+        for _ in range(NAME_TRIES):  # another run that ends may remove the directory once more
             with contextlib.suppress(FileNotFoundError):
                 return self._open_new(home / name)
             self._make(home)
         return self._open_new(home / name)
 
     def _open_new(self, path: Path) -> BinaryIO:
-        # Appending: without it, a hole would hide that somebody cut the file meanwhile.
+        # Appending: if somebody truncates the file, it stays too short, which `Part.finish` sees.
+        # Without O_APPEND the next write would leave a hole, and the size would be right.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_BINARY", 0)
         file = open(os.open(path, flags, 0o666), "ab", buffering=0)  # noqa: SIM115
         share_with_writers(path, self._directory_mode)
@@ -1712,7 +1720,8 @@ class HiddenFiles:
     def is_another_run_at_work(self, paths: Iterable[Path], own: Path | None) -> bool:
         """Whether somebody else has a part among ``paths`` that still grows.
 
-        A part that has not changed for ``timeout``, or whose process is gone, holds up nobody.
+        A part that was changed more than ``timeout`` ago holds up nobody; nor does one whose
+        process is gone, or one that a wrong clock has dated more than ``timeout`` ahead.
         """
         for path in paths:
             is_part = path.suffix == ".part" and path != own
@@ -1729,13 +1738,13 @@ class HiddenFiles:
             if path.suffix == ".left" and (best is None or path != best.path):
                 remove(path)
 
-    def clean(self, done: set[str], homes: Iterable[str] = ()) -> None:
-        """Remove what nobody needs: all of the tasks ``done``, and what outlived its use.
+    def clean(self, done: set[str], more_homes: Iterable[str] = ()) -> None:
+        """Remove all hidden files of the tasks ``done``, given as file keys, and what is too old.
 
-        Of other tasks, leftovers are kept for 7 days, and parts while they may be in other hands.
-        ``homes`` are the names of more hidden directories, of runs that could not use the first.
+        Of other tasks, leftovers are kept for 7 days, and parts as long as their process may live.
+        ``more_homes`` are the names of the hidden directories of runs that could not use ours.
         """
-        paths = [self.directory / name for name in {self.home.name, *homes}]
+        paths = [self.directory / name for name in {self.home.name, *more_homes}]
         for home in [path for path in paths if path.is_dir() and not path.is_symlink()]:
             with contextlib.suppress(OSError):
                 for name in os.listdir(home):
@@ -1773,7 +1782,7 @@ class HiddenFiles:
         return kept
 
     def remove_all_of(self, file_keys: set[str]) -> None:
-        """Remove what this process and earlier ones left of some tasks: the disk is full."""
+        """Remove the leftovers of some tasks, and our own parts, to make room on a full disk."""
         own = f".{host_id()}-{os.getpid()}."
         with contextlib.suppress(OSError):
             for name in os.listdir(self.home):
@@ -1793,23 +1802,16 @@ class Part:
         self._hidden = hidden
         self._file_key = file_key
         self.source: Source | None = None
-        self._make()
-
-    def _make(self) -> None:
         self.size_bytes = 0
         self.sha256 = hashlib.sha256()
         with disk_errors("write to the output directory"):
             self.path, self._file = self._hidden.create(self._file_key, "part")
 
     def begin(self, source: Source | None) -> None:
-        """Say what the bytes to come are the beginning of; ``None`` if they cannot be resumed.
+        """Note where the bytes to come are from; ``None`` if they could not be resumed later.
 
-        Bytes already here are discarded with their file: a file is never cut and used again.
+        It is called once, before the first byte: a part is never cut and used again.
         """
-        if self.size_bytes:
-            self.source = None  # the leader may let go of it now: these bytes are not the new ones
-            self.discard()
-            self._make()
         self.source = source
 
     def write(self, data: bytes) -> None:
@@ -1821,10 +1823,10 @@ class Part:
         self.sha256.update(data)
 
     def copy(self, leftover: Leftover, watch: Watch) -> None:
-        """Begin with the bytes of ``leftover``, which are hashed again; it stays where it is.
+        """Begin with a copy of the bytes of ``leftover``, hashing them.
 
-        Raises `PartGone` when that does not work, as when there is no room for a copy: then the
-        leftover goes.
+        The leftover stays where it is. If it cannot be copied, for instance since the disk is full,
+        both files are removed, and `PartGone` is raised: the next attempt begins at the first byte.
         """
         self.begin(leftover.source)
         try:
@@ -1845,6 +1847,7 @@ class Part:
                 self.write(block)
                 rest -= len(block)
         if rest:
+            # Never shown: `copy` makes a `PartGone` of it.
             raise TaskError("the leftover has changed meanwhile", "")
 
     def finish(self) -> None:
@@ -1873,14 +1876,14 @@ class Part:
         remove(self.path)
 
     def let_go(self) -> None:
-        """Keep the part for a later attempt if it can be resumed, else remove it.
+        """Make the part a leftover if it can be resumed, else remove it.
 
         Nothing happens to one that was published or discarded. The leading thread may call this
-        while another thread is stuck with the file.
+        while another thread is stuck with the file, so it does not close the file; `release` does.
         """
         source = self.source  # the thread that is stuck may still change it
         try:
-            if source is None or not source.is_nameable or self.size_bytes == 0:
+            if source is None or not source.fits_a_name or self.size_bytes == 0:
                 remove(self.path)
                 return
             sync_path(self.path)
@@ -1901,7 +1904,7 @@ class Part:
 
 MAX_REDIRECTS = 30
 READ_BYTES = 16 * 1024  # the longest TLS record (RFC 8446, section 5.1)
-SHORT_READ_BYTES = 256  # for urllib3 before 2.2, which shows nothing until all of it is here
+SHORT_READ_BYTES = 256  # urllib3 before 2.2 returns nothing until it has as many as it is asked for
 READS_PER_BLOCK = 4
 BLOCK_BYTES = READS_PER_BLOCK * READ_BYTES
 STALL_BYTES_PER_SECOND = 1024
@@ -1956,6 +1959,7 @@ class VideoSession(Session):
 
     Left alone, a session reads the body of a redirect, however long. It takes nothing from the
     environment, which would send passwords of .netrc to servers; the client passes the proxies.
+    ``current_adapter`` is asked for each request, since the client may have got a new one.
     """
 
     def __init__(self, current_adapter: Callable[[], HTTPAdapter]) -> None:
@@ -1992,8 +1996,8 @@ class HttpClient:
     def forget_connections(self) -> None:
         """Use no idle connection again; those in use are closed after their answers.
 
-        After a fault others may be dead as well, and a server that answers one request twice
-        would shift every later answer by one.
+        After a fault of one, others may be dead as well. And if a server has answered one request
+        twice, the second answer would be taken for that to the next request.
         """
         self._adapter = SharedContextAdapter(self._context, self._connections)
 
@@ -2001,7 +2005,10 @@ class HttpClient:
         """Return the proxies that the environment names for this server, asked once a run."""
         server = "/".join(url.split("/", 3)[:3])
         if server not in self._proxies:
-            self._proxies[server] = get_environ_proxies(url, no_proxy=None)
+            try:
+                self._proxies[server] = get_environ_proxies(url, no_proxy=None)
+            except ValueError:  # urllib.parse is stricter than `usable_link`
+                raise requests.exceptions.InvalidURL from None
         return self._proxies[server]
 
     def get(
@@ -2011,10 +2018,11 @@ class HttpClient:
 
         Raises what `explain` makes of a fault.
         """
-        proxies: dict[str, str] = {}
+        is_proxied = False
         try:
             for _ in range(redirects + 1):
                 proxies = self._proxies_for(url)
+                is_proxied = bool(select_proxy(url, proxies))
                 response = session.get(
                     url,
                     headers=dict(headers),
@@ -2029,7 +2037,7 @@ class HttpClient:
                 response.close()
                 url = address
         except NETWORK_ERRORS as error:
-            raise explain(error, self.timeout_s, bool(select_proxy(url, proxies))) from None
+            raise explain(error, self.timeout_s, is_proxied) from None
         raise TaskError(f"more than {redirects} redirects", "run the polling step again")
 
 
@@ -2056,9 +2064,9 @@ def explain(error: BaseException, timeout_s: float, is_proxied: bool = False) ->
     """Return a library's exception in our words: theirs may hold the link, query and all."""
     found = causes(error)
     through = "through the proxy, " if is_proxied else ""
-    refused = explain_certificate(found) or explain_address(error, is_proxied)
-    if refused:
-        return refused
+    final = explain_certificate(found) or explain_address(error, is_proxied)
+    if final:
+        return final
     if any(isinstance(each, requests.exceptions.ProxyError) for each in found):
         return explain_proxy(found)
     reason = system_reason(found)
@@ -2110,7 +2118,7 @@ def explain_certificate(found: Sequence[BaseException]) -> TaskError | None:
             default = ("the server's certificate is not trusted", trust_hint())
             reason, hint = CERTIFICATE_REASONS.get(each.verify_code, default)
             return TaskError(reason, hint)
-        if isinstance(each, HTTPError) and "doesn't match" in str(each):
+        if isinstance(each, HTTPError) and "doesn't match" in str(each):  # urllib3 compares names
             return TaskError(*CERTIFICATE_REASONS[62])
     return None
 
@@ -2122,7 +2130,7 @@ def trust_hint() -> str:
 
 
 def explain_proxy(found: Sequence[BaseException]) -> TaskError:
-    """Return a fault of the proxy: a refusal is final, anything else may pass."""
+    """Return a fault of the proxy: a status below 500 is final, anything else may pass."""
     for each in found:
         refusal = re.search(r"Tunnel connection failed: ([0-9]{3})", str(each))
         if refusal:
@@ -2157,6 +2165,7 @@ class Head:
 
 
 def read_head(response: requests.Response) -> Head:
+    """Return what the head says; to be called before the body is read."""
     headers = response.headers
     start = 0
     total = response.raw.length_remaining
@@ -2170,7 +2179,10 @@ def read_head(response: requests.Response) -> Head:
 
 
 def content_range(headers: Mapping[str, str]) -> tuple[int, int | None]:
-    """Return first byte and total of ``Content-Range`` (section 14.4); -1, None for nonsense."""
+    """Return first byte and total of a ``Content-Range`` that goes to the end (section 14.4).
+
+    Returns -1 and ``None`` for any other, or for none.
+    """
     value = (headers.get("Content-Range") or "").strip()
     match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", value)
     if not match:
@@ -2202,17 +2214,18 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
     return 0.0
 
 
-RETRIED_STATUSES = {408, 425, *range(500, 1000)}  # RFC 9110, 15.5.9 and 15.6; RFC 8470, 5.2
 PRESSURE_STATUSES = {429, 503}  # RFC 6585, 4; RFC 9110, 15.6.4
+# RFC 9110, 15.5.9 and 15.6; RFC 8470, 5.2
+RETRIED_STATUSES = {408, 425, *range(500, 1000), *PRESSURE_STATUSES}
 REFUSED_STATUSES = {401, 403, 404, 410}
 
 
 def is_retried(status: int) -> bool:
-    return status in RETRIED_STATUSES or status in PRESSURE_STATUSES
+    return status in RETRIED_STATUSES
 
 
 def check_status(response: requests.Response) -> None:
-    """Raise what a status other than 200 and 206 means: transient, dead or final."""
+    """Raise `TransientError`, `LinkDead` or `TaskError` for a status other than 200 and 206."""
     status = response.status_code
     reason = f"the server answered HTTP {status}"
     if is_retried(status):
@@ -2242,12 +2255,12 @@ def check_encodings(headers: Mapping[str, str]) -> None:
 def read_blocks(response: requests.Response, watch: Watch, timeout_s: float) -> Iterator[bytes]:
     """Yield the decoded body in blocks of some 64 kB, or of what has come.
 
-    A read returns as soon as anything has come, so that the rate can be seen. After one that was
-    filled, more is likely to be here already: a few of those make one block. Raises
-    `TransientError` when the body breaks off, or brings less than 1 kB/s over ``timeout_s``.
+    A read returns as soon as anything has come, so that the rate can be seen. If a read brought as
+    much as was asked for, more has probably come already, so up to four are joined to a block.
+    Raises `TransientError` when the body breaks off, or brings less than 1 kB/s over ``timeout_s``.
     """
     raw = response.raw
-    can_read_what_is_there = hasattr(raw, "read1")
+    can_read_what_is_there = hasattr(raw, "read1")  # since urllib3 2.2
     read = raw.read1 if can_read_what_is_there else raw.read
     most = READ_BYTES if can_read_what_is_there else SHORT_READ_BYTES
     decode = is_encoded(response.headers)
@@ -2312,8 +2325,8 @@ class Answer:
     link: str = ""
 
     @property
-    def is_odd(self) -> bool:
-        """Whether there is a link, but a status that is none of Runway's."""
+    def is_ambiguous(self) -> bool:
+        """Whether there is a link, but a status unknown to us: nobody can say if it SUCCEEDED."""
         return bool(self.link) and self.status not in RUNWAY_STATUSES
 
 
@@ -2358,7 +2371,10 @@ class Runway:
 
 
 def parse_answer(body: bytes) -> Answer:
-    """Return the task that the API describes; the first of its ``output`` is the video."""
+    """Return the task that the API describes; the first of its ``output`` is the video.
+
+    Raises `TransientError` for what is not JSON, and `TaskError` for a task without a status.
+    """
     try:
         task = as_object(json.loads(body))
     except (ValueError, RecursionError):
@@ -2371,7 +2387,11 @@ def parse_answer(body: bytes) -> Answer:
 
 
 class LinkSource:
-    """Gives a task's link: first the row's, then one fresh link from Runway."""
+    """Gives a task's link: the row's; if that one is dead or missing, one from Runway.
+
+    ``current`` is the link in use, ``is_fresh`` says that it is from Runway, and ``has_succeeded``
+    that the row or Runway says so. Both links may be refused: then there is none.
+    """
 
     def __init__(self, task: Task, runway: Runway) -> None:
         self._task = task
@@ -2384,9 +2404,9 @@ class LinkSource:
     def get(self, watch: Watch) -> str:
         """Return the link, asking Runway if need be.
 
-        Raises `LinkDead` when there is none, `TransientError` when Runway may be asked again. For
-        a task that polling gave up on, raises `NotSucceeded`, and `TaskError` if Runway could
-        not be asked.
+        Raises `LinkDead` when there is none, and `TransientError` when Runway may be asked again.
+        For a task that polling gave up on, raises `NotSucceeded` if Runway says so, and `TaskError`
+        instead of `LinkDead`.
         """
         if not self.current:
             self.current = self._ask_runway(watch)
@@ -2400,7 +2420,7 @@ class LinkSource:
         self._refusal = error.fault
         self.current = ""
         if not self._can_ask:
-            raise self._dead_without_key()
+            raise self._dead_unasked()
 
     @property
     def _can_ask(self) -> bool:
@@ -2408,32 +2428,36 @@ class LinkSource:
 
     def _ask_runway(self, watch: Watch) -> str:
         if not self._can_ask:
-            raise self._dead_without_key()
+            raise self._dead_unasked()
         try:
             answer = self._runway.ask(self._task.task_id, watch)
         except TransientError as error:
-            raise TransientError(
-                f"Runway API: {error.fault.reason}", error.wait_s, error.is_pressure
-            ) from None
+            reason = f"Runway API: {error.fault.reason}"
+            http_status = error.fault.http_status
+            raise TransientError(reason, error.wait_s, error.is_pressure, http_status) from None
         except TaskError as error:
             raise self._no_help(error.fault) from None
         if answer.status == SUCCEEDED:
             self.has_succeeded = True
             if answer.link:
                 return answer.link
-        if not self.has_succeeded and not answer.is_odd:
+        if not self.has_succeeded and not answer.is_ambiguous:
             raise NotSucceeded(answer.status)
         hint = "look at the task in Runway, or check RUNWAYML_BASE_URL"
         raise self._no_help(Fault(why_no_video(answer), hint))
 
     def _no_help(self, fault: Fault) -> TaskError:
-        """Return the error for a link that failed, and that Runway could not replace."""
+        """Return the error for a link that is dead or missing, and that Runway did not replace."""
         if self._task.state is State.UNFINISHED:
             return TaskError(f"Runway API: {fault.why}", fault.hint, "", fault.http_status)
         reason = f"{self._refusal.reason}; Runway API: {fault.why}"
         return LinkDead(reason, fault.hint, self._detail(), self._refusal.http_status)
 
-    def _dead_without_key(self) -> LinkDead:
+    def _dead_unasked(self) -> LinkDead:
+        """Return the error for a dead or missing link when Runway cannot be asked for another.
+
+        That takes a key, and the id of the task.
+        """
         hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh link"
         if not self._task.task_id:
             hint = "run the polling step again"
@@ -2448,7 +2472,7 @@ class LinkSource:
 def why_no_video(answer: Answer) -> str:
     if answer.status == NOT_FOUND:
         return "it does not know the task"
-    if answer.is_odd:
+    if answer.is_ambiguous:
         return f"it reports the unknown status {answer.status}"
     return f"the answer contains no video (status {answer.status})"
 
@@ -2476,6 +2500,7 @@ PART_GONE_MAX = 10
 class Retries:
     """Counts the tries of one download, whatever its link, and says how long to wait.
 
+    It ends when ``allowed`` retries in a row have brought no progress. Some retries are free.
     ``started_s`` and ``now_s`` are on the monotonic clock; ``jitter`` is from 0 to 1.
     """
 
@@ -2489,7 +2514,7 @@ class Retries:
 
     @property
     def is_last(self) -> bool:
-        """Whether this is the last of several tries."""
+        """Whether no retry is left but this one; the first try is never the last."""
         return 0 < self.allowed <= self._failures
 
     def progressed(self, size_bytes: int, is_whole: bool) -> None:
@@ -2521,11 +2546,14 @@ class Retries:
         return error.is_pressure and now_s - self._started_s < PRESSURE_FREE_S
 
     def _backoff_s(self, error: TransientError) -> float:
-        """Return the wait without jitter: it doubles with each try, up to a bound."""
+        """Return the wait without jitter: it doubles with each try, up to a bound.
+
+        The doublings are bounded as well, since a float cannot hold 2 to the power of 1024.
+        """
         if error.is_pressure:
             doublings = self.tries - 2  # the next try is the second, at least
             return min(BACKOFF_BASE_S * 2.0 ** min(doublings, 10), PRESSURE_MAX_S)
-        doublings = max(self._failures - 1, 0)
+        doublings = max(self._failures - 1, 0)  # 0 if all failures were free
         return min(BACKOFF_BASE_S * 2.0 ** min(doublings, 10), BACKOFF_MAX_S)
 
     def _final(self, reason: str, hint: str, http_status: int | None) -> TaskError:
@@ -2549,7 +2577,7 @@ class Status(str, Enum):
 
 
 ON_DISK = {Status.DOWNLOADED, Status.EXISTS}
-COUNTED = {*ON_DISK, Status.FAILED}
+COUNTED = {*ON_DISK, Status.FAILED}  # in the statistics of tasks that SUCCEEDED
 
 
 @dataclass(frozen=True)
@@ -2599,6 +2627,8 @@ class Outcome:
             }
         expiry = link_expiry(self.link or self.task.link)
         # --verify finds fault with a video that has bytes.
+        # A failure has a path if there is a file: one that is not as its metadata says, or one that
+        # a dry run has seen.
         has_path = self.is_on_disk or self.status is Status.PENDING or bool(self.size_bytes)
         return {
             "task_id": self.task.task_id,
@@ -2614,15 +2644,15 @@ class Outcome:
 
 # --- Publishing: metadata first, then the video gets its name in one step ----------------------
 
-# What os.link may fail with for other reasons than that the file system has no hard links; those
-# fail in many ways: EPERM on FAT, ENOTSUP on shares, EIO on an rclone mount.
+# Errors of os.link that are to be raised. Any other is taken to mean that the file system has no
+# hard links, which it may say in many ways: EPERM on FAT, ENOTSUP on shares, EIO on rclone mounts.
 REAL_LINK_ERRORS = {errno.EEXIST, errno.ENOENT, errno.ENOSPC, errno.EDQUOT}
 
 
 def publish_video(part: Part, plan: Plan, info: JsonObject, hidden: HiddenFiles) -> None:
-    """Give a whole part its name, so that whoever sees the video finds its metadata.
+    """Write the metadata, then give the whole ``part`` its name.
 
-    A kill in between leaves metadata without a video, which the next run fills. Raises
+    A kill in between leaves metadata without a video, which the next run downloads. Raises
     FileExistsError if somebody has taken the name, `PartGone` if somebody removed the part.
     """
     task = plan.task
@@ -2636,6 +2666,7 @@ def publish_video(part: Part, plan: Plan, info: JsonObject, hidden: HiddenFiles)
         try:
             give_name(part.path, path)
         except OSError:
+            # Another run may have published the same bytes, which the metadata then describes.
             if not holds_video(path, info):
                 take_back_metadata(metadata_path, plan, info, is_new, hidden)
             raise
@@ -2645,14 +2676,14 @@ def publish_video(part: Part, plan: Plan, info: JsonObject, hidden: HiddenFiles)
 
 
 def remove_what_is_no_video(path: Path, seen_bytes: int | None) -> None:
-    """Remove an empty file, text or a cut MP4 that was seen under the name; the rest stays."""
+    """Remove a file of ``seen_bytes`` that is empty, text or a cut MP4; a video stays."""
     size = file_size(path)
     if size is None or size != seen_bytes:
         return
     if size and inspect_path(path, size) in KEPT:
         return
     with disk_errors(f"remove {path.name}, which is no video"):
-        os.unlink(path)
+        path.unlink(missing_ok=True)  # another run may have removed it meanwhile
 
 
 def holds_video(path: Path, info: JsonObject) -> bool:
@@ -2665,9 +2696,10 @@ def holds_video(path: Path, info: JsonObject) -> bool:
 def take_back_metadata(
     path: Path, plan: Plan, info: JsonObject, is_new: bool, hidden: HiddenFiles
 ) -> None:
-    """Remove metadata that describes a video of ours which did not get its name.
+    """Undo what `put_metadata` did for a video of ours that did not get its name.
 
-    Metadata that was there before is made to describe the video that is there now.
+    Metadata that was there before stays, and is made to describe the video that is there, perhaps
+    another run's copy. Nothing is done if somebody has changed it since.
     """
     with contextlib.suppress(OSError):
         there = read_metadata(path)
@@ -2719,14 +2751,11 @@ def confirm_metadata(
 ) -> None:
     """Have the metadata describe the video that we published.
 
-    Another run that fetched the same video meanwhile may have written of its own copy.
+    Another run that fetched the same video meanwhile may have described its own copy there, or
+    removed what it wrote. An error here must not fail a video that is in place.
     """
     with contextlib.suppress(OSError):
-        there = read_metadata(path)
-        if there is None:
-            put_metadata(path, task, video_name, info, hidden)
-        elif task.owns(there):
-            update_metadata(path, there, {"file_info": info}, task.file_key, hidden)
+        put_metadata(path, task, video_name, info, hidden)
 
 
 def remove_if_empty(path: Path) -> None:
@@ -2738,7 +2767,7 @@ def remove_if_empty(path: Path) -> None:
 def write_new(path: Path, data: bytes, file_key: str, hidden: HiddenFiles) -> None:
     """Write a file that is not there yet, whole or not at all; raises FileExistsError.
 
-    Without hard links it is created exclusively and written in one go.
+    On a file system without hard links, it is created under its name and written in one go.
     """
     temporary = write_hidden(data, file_key, hidden)
     try:
@@ -2785,8 +2814,8 @@ def write_exclusively(path: Path, data: bytes) -> None:
 def give_name(hidden_path: Path, final: Path) -> None:
     """Give a hidden file its final name in one step; raises FileExistsError if that is taken.
 
-    The name is a second link. Where the file system has none, an empty file holds the name, and
-    the hidden one is renamed over it.
+    The name is made as a hard link, since a rename would replace a file that is there. On a file
+    system without hard links, an empty file is created to claim the name, then replaced.
     """
     try:
         os.link(hidden_path, final)
@@ -4773,7 +4802,7 @@ function addPlayer(card) {
     }
   };
   video.setAttribute("aria-label", link.textContent);
-  JsonObject.assign(video, {preload: "metadata", loop: true, playsInline: true, tabIndex: 0});
+  Object.assign(video, {preload: "metadata", loop: true, playsInline: true, tabIndex: 0});
   video.src = link.href + "#t=0.001";  // so that iOS shows the first picture
   showControls();
   figure.append(video);
