@@ -120,7 +120,7 @@ import unicodedata
 from argparse import Namespace
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from enum import Enum
 from glob import glob
@@ -339,7 +339,7 @@ class PartGone(TransientError):
     That does not count as a try, up to ``PART_GONE_MAX`` times.
     """
 
-    def __init__(self, reason: str = "the hidden file was removed") -> None:
+    def __init__(self, reason: str = "another program removed the hidden file") -> None:
         super().__init__(reason)
 
 
@@ -595,7 +595,7 @@ def read_to_the_end(file: BinaryIO) -> bytes:
 
 def check_results_size(size_bytes: int) -> None:
     if size_bytes > RESULTS_MAX_BYTES:
-        raise ValueError("is larger than 1 GB, so it is no polling-results file")
+        raise ValueError("is larger than 1 GB, so it is not a polling-results file")
 
 
 def parse_results(data: bytes) -> dict[str, Any]:
@@ -998,7 +998,9 @@ def sync_and_close(file: BinaryIO) -> None:
 
 def sync_path(path: Path) -> None:
     """Have ``path``, a file or a directory, reach the disk."""
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR  # Windows syncs what is open for writing
+    flags = (
+        os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
+    )  # Windows syncs what is open for writing
     descriptor = os.open(path, flags)
     try:
         sync_file(descriptor)
@@ -1520,7 +1522,7 @@ class Watch:
     def give_up(self) -> Fault:
         """Give the download up; return what to say of it."""
         self._is_given_up = True
-        reason = f"nothing came for {self._limit_s:g} s, so it was given up"
+        reason = f"nothing came for {self._limit_s:g} s: given up"
         return Fault(reason, "look at the network and the disk, then run again")
 
 
@@ -1656,7 +1658,9 @@ class HiddenFiles:
         self._names: list[str] = []
         self._listed_s = -math.inf  # when, on the monotonic clock
         self.home = directory / HIDDEN_DIR
-        if self.home.is_symlink():  # it may lead to another disk, from where nothing can be linked
+        if os.path.islink(
+            self.home
+        ):  # it may lead to another disk, from where nothing can be linked
             self.home = self._own_home
 
     def create(self, file_key: str, suffix: str) -> tuple[Path, BinaryIO]:
@@ -1744,8 +1748,9 @@ class HiddenFiles:
         Of other tasks, leftovers are kept for 7 days, and parts as long as their process may live.
         ``more_homes`` are the names of the hidden directories of runs that could not use ours.
         """
-        paths = [self.directory / name for name in {self.home.name, *more_homes}]
-        for home in [path for path in paths if path.is_dir() and not path.is_symlink()]:
+        for home in {self.directory / name for name in (self.home.name, *more_homes)}:
+            if os.path.islink(home):
+                continue  # what it leads to is not ours
             with contextlib.suppress(OSError):
                 for name in os.listdir(home):
                     if self._is_useless(home / name, is_done=name.partition(".")[0] in done):
@@ -1869,7 +1874,7 @@ class Part:
             raise TransientError(reason) from None
         if size != self.size_bytes:
             self.discard()
-            raise TransientError("the hidden file was changed meanwhile")
+            raise TransientError("another program changed the hidden file")
 
     def discard(self) -> None:
         close(self._file)
@@ -2094,9 +2099,9 @@ def explain_address(error: BaseException, is_proxied: bool) -> TaskError | None:
     if "SOCKS" in str(error):
         return TaskError("the SOCKS proxy needs PySocks", "pip install requests[socks]")
     if is_proxied:
-        reason = "no usable address, of the link or of the proxy"
+        reason = "the address of the link or of the proxy is invalid"
         return TaskError(reason, "check the link, HTTP_PROXY and HTTPS_PROXY")
-    return TaskError("no usable address", "check the link, or RUNWAYML_BASE_URL")
+    return TaskError("the address is invalid", "check the link, or RUNWAYML_BASE_URL")
 
 
 CERTIFICATE_REASONS = {  # X509_V_ERR_... of OpenSSL
@@ -2126,7 +2131,7 @@ def explain_certificate(found: Sequence[BaseException]) -> TaskError | None:
 def trust_hint() -> str:
     if requests.__version__ in IGNORES_CA_BUNDLE:
         return f"pip install -U requests: {requests.__version__} ignores REQUESTS_CA_BUNDLE"
-    return "set REQUESTS_CA_BUNDLE to a bundle that holds the CA"
+    return "set REQUESTS_CA_BUNDLE to a bundle that contains the CA"
 
 
 def explain_proxy(found: Sequence[BaseException]) -> TaskError:
@@ -2972,11 +2977,12 @@ class Download:
         is_alone = self._tools.index.wanted[fold(stub)] <= 1
         is_anothers = self._tools.index.is_promised_to_another(self.task, stub)
         if is_alone and not is_anothers:
-            note = f"  ℹ️ Taken for this task's, since its link could not be asked: {fault.why}"
-            adopted = self._adopt(note)
+            told = "Assumed to be this task's video, since its link could not be asked"
+            adopted = self._adopt(f"  ℹ️ {told}: {fault.why}")
             if adopted:
                 return adopted
-        may_be_it = f"{printable(self.plan.path.name)} may be its video, but nobody can tell"
+        name = printable(self.plan.path.name)
+        may_be_it = f"{name} may be its video, but that could not be checked"
         detail = ", ".join(filter(None, [fault.detail, may_be_it]))
         return self.failed(replace(fault, detail=detail))
 
@@ -3097,7 +3103,7 @@ class Download:
             part.copy(leftover, self.watch)
             self._notes[f"  ⏩ Resumed at {megabytes(leftover.size_bytes)}"] += 1
         elif head.start != 0:
-            raise TransientError("the server sent a part that was not asked for")
+            raise TransientError("the server sent a range that was not asked for")
         else:
             part.begin(head.source)
         self._receive_body(response, part, head)
@@ -3169,13 +3175,13 @@ class Download:
                 continue
             self._tools.index.note_video(self.task, self.plan.path.stem)
             return self._downloaded(part.size_bytes, content)
-        raise TransientError("another program keeps taking its names")
+        raise TransientError("other programs keep taking its names")
 
     def _downloaded(self, size_bytes: int, content: Content) -> Outcome:
         """Return the outcome of a download, with notes on what was unusual."""
         name = self.plan.path.stem
         if self.plan.holder and name != self.task.stub:
-            self._notes[f"  ℹ️ Saved under this name: {printable(self.plan.holder)}"] += 1
+            self._notes[f"  ℹ️ Saved under another name: {printable(self.plan.holder)}"] += 1
         others = len(row_links(self.task.row)) - 1
         if others > 0:
             more = counted(others, "more link")
@@ -3263,8 +3269,9 @@ class Command:
             words = tuple(shlex.split(given.replace("\\", "\\\\") if os.name == "nt" else given))
         else:
             words = tuple(given)
-        if not words or not shutil.which(words[0]):
-            raise ValueError(f"there is no such command: {given!r}")
+        program = words[0] if words else ""
+        if not shutil.which(program):
+            raise ValueError(f"there is no such command: {program!r}")
         # Refuse what looks like a placeholder but is none: {vidoe}, {video!r}, {video:>9}. ${WORD}
         # is left alone here and when filling in: it is a variable of a shell.
         for in_braces in re.findall(r"(?<!\$)\{\s*[\w-]*(?:[.!:][^{}]*)?\s*\}", " ".join(words)):
@@ -4186,11 +4193,11 @@ def tell_of_rows(tasks: Sequence[Task], left_out: int, console: Console) -> None
     if asked:
         console.say(f"  🔎 Runway is asked about {asked:,} that polling gave up on")
     if old:
-        console.say(f"  ℹ️ Not asked about, as submitted more than 7 days ago: {old:,}")
+        console.say(f"  ℹ️ Too old to ask Runway about (more than 7 days): {old:,}")
     if told:
         console.say(f"  ℹ️ Not downloaded: {', '.join(told)}")
     if left_out:
-        console.say(f"  ℹ️ Left out, as not chosen: {left_out:,}")
+        console.say(f"  ℹ️ Left out by --only, --skip or --shard: {left_out:,}")
 
 
 def warn_without_key(tasks: Sequence[Task], directory: Path, console: Console) -> None:
@@ -4213,10 +4220,8 @@ def warn_without_key(tasks: Sequence[Task], directory: Path, console: Console) -
 # --- VideoDownloader: the door for programs -----------------------------------------------------
 
 INDEX_KEPT_S = 30.0
-UNPICKLED = (
-    *("on_outcome", "on_progress", "_console", "_report"),
-    *("_index", "_tls_context", "_stop", "_turn"),
-)
+UNPICKLED = {"on_outcome", "on_progress"}  # besides, what `_start_afresh` sets
+UNPICKLED |= {"_console", "_report", "_index", "_tls_context", "_stop", "_turn", "_is_checked"}
 
 
 class VideoDownloader:
@@ -4233,11 +4238,12 @@ class VideoDownloader:
     - ``on_outcome`` is called once per finished task with an `Outcome`, ``on_progress`` a few
       times a second with a `Progress`, both in the thread that called the method. What they
       raise is printed, and the run goes on.
-    - Methods may be called from several threads; they take turns. Ctrl-C raises
-      KeyboardInterrupt as ever, and `stop` ends the current call without an exception; the next
-      run resumes what they leave.
-    - It can be pickled. The copy has the settings and the absolute directory, counts of its own
-      and no callbacks, and looks at the directory at its first call.
+    - Methods may be called from several threads; those that download take turns. Ctrl-C raises
+      KeyboardInterrupt as usual, and `stop` ends the current call without an exception. The next
+      run resumes what either of them left unfinished. A callback must not call a method that
+      downloads.
+    - It can be pickled. The copy has the same settings and the absolute directory, but counts of
+      its own and no callbacks. It reads the directory at its first call.
     """
 
     def __init__(
@@ -4266,13 +4272,14 @@ class VideoDownloader:
         self._check_directory()
 
     def _start_afresh(self, console: Console, report: Report) -> None:
+        """Set all that a new object and an unpickled one begin with."""
         self._console = console
         self._report = report
         self._index: Index | None = None
         self._tls_context: ssl.SSLContext | None = None  # loading the CA bundle takes a while
         self._stop: threading.Event | None = None  # of the call that is under way
         self._turn = threading.RLock()
-        self._is_checked = False
+        self._is_checked = False  # whether the output directory could be written to
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name not in UNPICKLED}
@@ -4319,8 +4326,9 @@ class VideoDownloader:
     def get_succeeded_tasks(self, results: JsonObject) -> list[JsonObject]:
         """Return the raw rows, in order, that SUCCEEDED and have a usable ``video_url``.
 
-        With ``RUNWAYML_API_SECRET`` set also those without, and those that polling gave up on, as
-        Runway can be asked about them. Names on stderr what is left out.
+        If ``RUNWAYML_API_SECRET`` is set, Runway can be asked for links. Then rows that SUCCEEDED
+        but have no link are returned as well, and recent ones that polling gave up on. What is
+        left out is named on stderr.
         """
         rows = read_rows(as_object(results), self.generate_filename_stub, time.time())
         warnings = filter(None, map(odd_status_warning, rows.tasks))
@@ -4329,7 +4337,8 @@ class VideoDownloader:
         for task in rows.tasks:
             if not is_to_be_fetched(task):
                 continue
-            if task.link or api_key():
+            can_be_asked_for = bool(api_key() and task.task_id)
+            if task.link or can_be_asked_for:
                 chosen.append(task.row)
             else:
                 wrong.append(f"task {shown_id(task.task_id)}: {NO_LINK}: left out")
@@ -4344,13 +4353,18 @@ class VideoDownloader:
         return wanted_stub(as_object(task))
 
     def process_succeeded_task(self, task: JsonObject) -> bool:
-        """Bring the video of row ``task`` to disk; return whether it is there, new or before."""
+        """Bring the video of row ``task`` to disk.
+
+        Returns whether it is on disk afterwards, be it new or not. A row that has a link counts
+        as SUCCEEDED, since the caller says so, unless its status contradicts that.
+        """
         row = as_object(task)
         parsed = task_from_row(row, self.generate_filename_stub(row))
-        # Not PENDING: that may be the status at submission.
+        # PENDING contradicts nothing: it may be the status at submission.
         is_under_way = row_status(row) in ("RUNNING", "THROTTLED")
-        if parsed.state in (State.UNFINISHED, State.UNKNOWN) and parsed.link and not is_under_way:
-            parsed = parsed.as_succeeded(parsed.link)  # the caller says so, and there is a link
+        has_ended_without = parsed.state is State.ENDED
+        if parsed.link and not is_under_way and not has_ended_without:
+            parsed = parsed.as_succeeded(parsed.link)
         reason = why_not_processed(parsed)
         if reason:
             self._console.complain(f"❌ task {shown_id(parsed.task_id)}: {reason}")
@@ -4360,9 +4374,10 @@ class VideoDownloader:
             on_disk = self._run_safely([parsed])
             for outcome in self._report.outcomes[before:]:
                 self._complain_of(outcome)
-        return on_disk == 1
+        return on_disk > 0
 
     def _complain_of(self, outcome: Outcome) -> None:
+        """Print why there is no video: a program may call for one task and no summary."""
         if outcome.fault:
             self._console.complain(f"❌ {outcome.label}: {outcome.error}")
         elif outcome.status is Status.NOT_SUCCEEDED:
@@ -4373,9 +4388,14 @@ class VideoDownloader:
         with self._call():
             found = read_tasks([Path(path)], self._console, self.generate_filename_stub)
             self._console.complain(*(f"❌ {error}" for error in found.errors))
+            self._report.problems.extend(found.errors)
             warn_without_key(found.askable, self.output_dir, self._console)
-            self._index = None  # a run of a file looks at the directory anew
-            return self._run_safely(found.tasks)
+            self._index = None  # look at the directory anew
+            before = len(self._report.outcomes)
+            on_disk = self._run_safely(found.tasks)
+            if self.quiet:  # else the lines of each task tell it
+                self._console.complain(*failure_lines(self._report.outcomes[before:]))
+            return on_disk
 
     def create_metadata_json(
         self, task: JsonObject, video_path: str | Path, metadata_path: str | Path
@@ -4383,19 +4403,21 @@ class VideoDownloader:
         """Write the metadata of row ``task`` and the video on disk; return whether it worked."""
         parsed = task_from_row(as_object(task))
         video = Path(video_path)
+        metadata = Path(metadata_path)
+        hidden = HiddenFiles(metadata.parent, self.settings.timeout)
         try:
             with disk_errors(f"describe {video}"):
                 info = describe_file(video)
-                put_metadata(Path(metadata_path), parsed, video.name, info, self._hidden())
+                put_metadata(metadata, parsed, video.name, info, hidden)
         except DiskFull as error:
-            self._console.complain(f"❌ {no_space_left(self.output_dir, error)}")
+            self._console.complain(f"❌ {no_space_left(metadata.parent, error)}")
             return False
         except (DownloaderError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             self._console.complain(f"❌ {printable(metadata_path)}: {printable(reason)}")
             return False
         finally:
-            self._hidden().clean(set())
+            hidden.clean(set())
         return True
 
     def print_final_stats(self) -> None:
@@ -4403,14 +4425,20 @@ class VideoDownloader:
         self._console.show_summary(self._report, self.output_dir)
 
     def stop(self) -> None:
-        """End the current call, from another thread, as Ctrl-C would, without an exception."""
+        """End the call that is downloading in another thread, as Ctrl-C would, but quietly.
+
+        Does nothing if there is none.
+        """
         stop = self._stop
         if stop:
             stop.set()
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[threading.Event]:
-        """Wait for our turn, and make the call one that `stop` ends; calls may be nested."""
+        """Wait for our turn, then yield the event that `stop` sets.
+
+        A method that makes a call may call another that does: then both have the same event.
+        """
         with self._turn:
             before = self._stop
             self._stop = before or threading.Event()
@@ -4422,6 +4450,7 @@ class VideoDownloader:
     # The run
 
     def _run_safely(self, tasks: Sequence[Task]) -> int:
+        """Do what `run` does, but print a `JobError`."""
         before = len(self._report.outcomes)
         try:
             return self.run(tasks)
@@ -4440,36 +4469,41 @@ class VideoDownloader:
             self._report.begin(tasks)
             self._console.begin(len(tasks))
             index = self._current_index()
-            plans_to_do = self._settle_what_is_there(plan_all(tasks, index))
+            to_do = self._report_what_is_there(plan_all(tasks, index))
             hidden = self._hidden()
             try:
-                if plans_to_do:
-                    self._work(plans_to_do, index, hidden, before, len(tasks), stop)
+                if to_do:
+                    self._work(to_do, index, hidden, stop, before, len(tasks))
             finally:
                 self._tidy(tasks, index, hidden, before)
             return sum(each.is_on_disk for each in self._report.outcomes[before:])
 
-    def _settle_what_is_there(self, plans: Sequence[Plan]) -> list[Plan]:
-        """Report the videos that are there, and return the plans for which there is work."""
-        plans_to_do = []
-        settled = 0
-        for plan in plans:
-            if plan.action is not Action.KEEP or self._is_due(plan.path):
-                plans_to_do.append(plan)
-                continue
-            settled += 1
-            outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
-            self._record(outcome, is_shown=settled <= EXISTING_SHOWN)
-        if len(plans) > BLOCKS_SHOWN and settled:
-            self._console.say("", f"  ⚠️ {counted(settled)} already there")
-        elif settled > EXISTING_SHOWN:
-            more = counted(settled - EXISTING_SHOWN, "more video")
-            self._console.say("", f"  ⚠️ {more} already there")
-        # Downloads first, and of those the links that die soonest.
-        return sorted(plans_to_do, key=lambda plan: (plan.is_there, link_expiry(plan.task.link)))
+    def _report_what_is_there(self, plans: Sequence[Plan]) -> list[Plan]:
+        """Report the videos that are there, and return the plans for which there is work.
 
-    def _is_due(self, path: Path) -> bool:
-        """Whether a command is to take the video, or its metadata cannot be read just now."""
+        Those that need a download come first, and of these the ones whose links die soonest.
+        """
+        to_do = []
+        there = 0
+        for plan in plans:
+            if plan.action is not Action.KEEP or self._may_be_due(plan.path):
+                to_do.append(plan)
+                continue
+            there += 1
+            outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
+            self._record(outcome, is_shown=there <= EXISTING_SHOWN)
+        if len(plans) > BLOCKS_SHOWN and there:  # then the console has shown none of them
+            self._console.say("", f"  ⚠️ {counted(there)} already there")
+        elif there > EXISTING_SHOWN:
+            more = counted(there - EXISTING_SHOWN, "more video")
+            self._console.say("", f"  ⚠️ {more} already there")
+        return sorted(to_do, key=lambda plan: (plan.is_there, link_expiry(plan.task.link)))
+
+    def _may_be_due(self, path: Path) -> bool:
+        """Whether a command of --exec may have to take the video.
+
+        That includes a video whose metadata cannot be read: the hand-over then reports why.
+        """
         try:
             return bool(commands_due(path, self.commands))
         except OSError:
@@ -4477,19 +4511,20 @@ class VideoDownloader:
 
     def _work(
         self,
-        plans_to_do: Sequence[Plan],
+        plans: Sequence[Plan],
         index: Index,
         hidden: HiddenFiles,
+        stop: threading.Event,
         before: int,
         total: int,
-        stop: threading.Event,
     ) -> None:
-        """Carry ``plans_to_do`` out in worker threads; report each in this one.
+        """Carry ``plans`` out in worker threads; report each outcome in this thread.
 
         ``before`` is how many outcomes earlier calls have reported, and ``total`` how many tasks
-        this one has.
+        this call has, with those that are reported already. Raises `JobError` when the run
+        cannot go on.
         """
-        workers = min(self.settings.workers, len(plans_to_do))
+        workers = min(self.settings.workers, len(plans))
         self._tls_context = self._tls_context or make_tls_context()
         client = HttpClient(self._tls_context, self.settings.timeout, workers)
         tools = Tools(
@@ -4508,18 +4543,18 @@ class VideoDownloader:
 
         run = Run(tools, workers, Listener(self._record, show_progress, self._console.say))
         try:
-            run.work(plans_to_do)
+            run.work(plans)
         except DiskFull as error:
-            hidden.remove_all_of({plan.task.file_key for plan in plans_to_do})
+            hidden.remove_all_of({plan.task.file_key for plan in plans})
             raise no_space_left(self.output_dir, error) from None
         finally:
             self._console.clear_line()
-            self._report_kept_waiting(plans_to_do, before)
+            self._report_kept_waiting(plans, before)
 
-    def _report_kept_waiting(self, plans_to_do: Iterable[Plan], before: int) -> None:
+    def _report_kept_waiting(self, plans: Iterable[Plan], before: int) -> None:
         """Report the videos that are there, but that a stop has kept from being handed over."""
         reported = {outcome.task.key for outcome in self._report.outcomes[before:]}
-        for plan in plans_to_do:
+        for plan in plans:
             if plan.action is Action.KEEP and plan.task.key not in reported:
                 there = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
                 self._record(replace(there, is_kept_waiting=True), is_shown=False)
@@ -4556,9 +4591,8 @@ class VideoDownloader:
             return
         try:
             callback(value)
-        except Exception as error:  # is no reason to lose a video
-            told = f"{type(error).__name__}: {printable(error)}"
-            self._console.complain(f"⚠️ {name}: {told}")
+        except Exception as error:  # a fault in the caller's code must not lose a video
+            self._console.complain(f"⚠️ {name}: {type(error).__name__}: {printable(error)}")
 
     # The directory
 
@@ -4566,11 +4600,12 @@ class VideoDownloader:
         return HiddenFiles(self.output_dir, self.settings.timeout)
 
     def _check_directory(self) -> None:
-        """Make the output directory; raises `JobError` if it cannot be made or written."""
-        if self._is_checked and self.output_dir.is_dir():
+        """Make the output directory; raises `JobError` if it cannot be made or written to."""
+        # Not Path.is_dir: that raises, for example after a mount has gone stale.
+        if self._is_checked and os.path.isdir(self.output_dir):
             return
         try:
-            with contextlib.suppress(FileExistsError):  # if that is a file, the next lines say so
+            with contextlib.suppress(FileExistsError):  # it may be a file: the probe finds out
                 self.output_dir.mkdir(parents=True, exist_ok=True)
             hidden = self._hidden()
             try:
@@ -4582,7 +4617,7 @@ class VideoDownloader:
         self._is_checked = True
 
     def _current_index(self) -> Index:
-        """Return the index of the directory, read anew after half a minute."""
+        """Return the index of the directory, which is read anew after `INDEX_KEPT_S`."""
         index = self._index
         if index is None or time.monotonic() - index.scanned_s > INDEX_KEPT_S:
             index = Index.scan(self.output_dir)
@@ -4591,13 +4626,13 @@ class VideoDownloader:
 
 
 def why_not_processed(task: Task) -> str:
-    """Say why there is nothing to do for a task that a program hands in, ``""`` if there is."""
+    """Return why a task that a program hands in cannot be processed, ``""`` if it can."""
     if task.state is State.SUCCEEDED:
         return ""
     if task.state is State.ENDED:
         return f"it has not succeeded: {row_status(task.row)}"
     if not task.is_asked_about(time.time()):
-        return "it had not finished, and is too old, or without an id, to ask Runway about it"
+        return "it had not finished, and Runway cannot be asked: it is too old, or has no id"
     if not api_key():
         return "it had not finished: set RUNWAYML_API_SECRET, and Runway is asked about it"
     return ""
@@ -4610,7 +4645,10 @@ RENEW_HINT = "set RUNWAYML_API_SECRET to fetch a fresh one"
 
 
 def dry_run(tasks: Sequence[Task], directory: Path, console: Console, report: Report) -> None:
-    """List what a run would do, soonest to expire first; no request, nothing written."""
+    """List what a run would do, the links that expire soonest first.
+
+    Sends no request and writes nothing. Raises `JobError` for a directory that cannot be listed.
+    """
     report.begin(tasks)
     counts = Counter({"to do": 0, "expired": 0, "already there": 0})
     plans = plan_all(tasks, Index.scan(directory))
@@ -4627,11 +4665,11 @@ def dry_run(tasks: Sequence[Task], directory: Path, console: Console, report: Re
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run would do for one task: what is ``said`` of it, and how it is counted."""
+    """What a run would do for one task: the ``kind`` it is counted as, and the ``said`` line."""
 
     outcome: Outcome
     kind: str
-    said: str
+    said: str  # only what is not on disk is listed
 
 
 def preview_of(plan: Plan, now_s: float) -> Preview:
@@ -4654,16 +4692,24 @@ def preview_of(plan: Plan, now_s: float) -> Preview:
 
 
 def preview_without_link(pending: Outcome, plan: Plan, kind: str, fault: Fault) -> Preview:
-    """Return what a run would do without a live link: ask Runway, compare sizes, or fail."""
+    """Return what a run would do without a live link.
+
+    It would ask Runway for one, or perhaps take the video that is there, else fail.
+    """
     said = fault.detail or fault.reason
     can_renew = bool(api_key() and plan.task.task_id)
     if can_renew or plan.action is Action.COMPARE:
         return Preview(pending, kind, said)
+    if not plan.task.task_id:  # Runway cannot be asked, with the key or without
+        fault = replace(fault, hint="run the polling step again")
     return Preview(replace(pending, status=Status.FAILED, fault=fault), kind, said)
 
 
 def verify(directory: Path, console: Console, report: Report) -> None:
-    """Check every video that has metadata, and name those that have none; no request."""
+    """Check every video that has metadata, and name those that have none.
+
+    Sends no request. Raises `JobError` if the directory does not exist or cannot be listed.
+    """
     if not os.path.lexists(directory):
         raise JobError(f"{printable(directory.absolute())} does not exist: check --output-dir")
     names = list_names(directory)
@@ -4671,7 +4717,7 @@ def verify(directory: Path, console: Console, report: Report) -> None:
     for stub, metadata in read_all_metadata(directory, names):
         outcome = check_video(directory / f"{stub}.mp4", metadata)
         videos.discard(outcome.path.name)
-        report.begin([outcome.task])
+        report.begin([outcome.task])  # one by one: two files may be about the same task
         report.record(outcome)
     if videos:
         console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(videos))}")
@@ -4683,7 +4729,7 @@ def verify(directory: Path, console: Console, report: Report) -> None:
 
 
 def check_video(path: Path, metadata: JsonObject) -> Outcome:
-    """Hold the video ``path`` against its ``metadata``."""
+    """Compare the video ``path`` with its ``metadata``; return FAILED or EXISTS."""
     row = as_object(metadata.get("runway_task_json"))
     task = replace(task_from_row(row, path.stem), state=State.SUCCEEDED)
     size = file_size(path)
@@ -4696,18 +4742,21 @@ def check_video(path: Path, metadata: JsonObject) -> Outcome:
 
 
 def check_against(path: Path, size: int | None, info: JsonObject) -> None:
-    """Raise `TaskError` unless the video is as ``info`` says, or without that, a whole MP4."""
-    hint = "if you edited it, leave it; else move it away and run again"
-    if size == 0:
-        hint = "run again without --verify"
+    """Raise `TaskError` unless the video is what ``info`` says.
+
+    If ``info`` has no hash, as in older metadata, the video must be a whole MP4.
+    """
     if size is None:
         raise TaskError("the video is missing", "run again without --verify, or delete its .json")
+    hint = "if you did not edit it, move it away and run again"
+    if size == 0:  # a run replaces an empty file
+        hint = "run again without --verify"
     if size != info.get("size_bytes", size):
         detail = printable(f"{size:,} bytes, not {info['size_bytes']}")
-        raise TaskError("another size than when it was downloaded", hint, detail)
+        raise TaskError("its size has changed since the download", hint, detail)
     if size and "sha256" in info:
         if describe_file(path)["sha256"] != info["sha256"]:
-            raise TaskError("another SHA-256 than when it was downloaded", hint)
+            raise TaskError("its SHA-256 has changed since the download", hint)
         return
     content = inspect_path(path, size)
     if content is not Content.WHOLE:
@@ -4717,8 +4766,9 @@ def check_against(path: Path, size: int | None, info: JsonObject) -> None:
 # --- The gallery: one page that shows the videos ----------------------------------------------
 
 # The page must work from a directory, without a network and without a server.
-# A browser bears only some hundred players. So the page makes a player when its card comes near
-# the view, and removes it when the card is far away. Without scripts each card has its player.
+# A browser copes with a few hundred players only. So the page makes a player when its card comes
+# near the view, and removes it when the card is far away. Without scripts, each card has a player
+# of its own. ``$count`` and ``$cards`` are filled in.
 GALLERY_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -4869,11 +4919,10 @@ GALLERY_CARD = """
 
 
 def escaped(value: object) -> str:
-    """Return a text or a number as HTML, its links without their signatures; else ``""``."""
+    """Return a text or a number as HTML, with bare links; ``""`` for any other value."""
     if not isinstance(value, (str, int, float)):
         return ""
-    text = bare(value)
-    return html.escape(text)
+    return html.escape(bare(value))
 
 
 def download_time(metadata: JsonObject) -> str:
@@ -4881,7 +4930,7 @@ def download_time(metadata: JsonObject) -> str:
 
 
 def gallery_card(video: Path, size_bytes: int, metadata: JsonObject) -> str:
-    """Return the HTML of one video, whatever its metadata holds."""
+    """Return the HTML of one video; the metadata may hold anything."""
     name = video.name
     task = as_object(metadata.get("runway_task_json"))
     when = download_time(metadata)
@@ -4913,9 +4962,10 @@ def render_gallery(videos: Sequence[tuple[Path, int, JsonObject]]) -> str:
 
 
 def write_gallery(directory: Path, hidden: HiddenFiles, console: Console) -> str:
-    """Write the page that shows every video with metadata; return why not, ``""`` if it did.
+    """Write the page that shows every video with metadata.
 
-    Leaves a page alone that is not this script's.
+    Returns why that failed, ``""`` if it did not. A page that this script did not write is left
+    alone. Raises `JobError` for a directory that cannot be listed.
     """
     page = directory / GALLERY_NAME
     videos = []
@@ -4935,13 +4985,14 @@ def write_gallery(directory: Path, hidden: HiddenFiles, console: Console) -> str
             remove(temporary)
     except OSError as error:
         if is_full(error):
-            raise no_space_left(directory, "could not write the gallery") from None
+            return str(no_space_left(directory, "could not write the gallery"))
         return f"could not write the gallery {printable(page)}: {error.strerror}"
     console.say("", f"🖼️ Gallery: {printable(page)} ({counted(len(videos))})")
     return ""
 
 
 def is_own_page(page: Path) -> bool:
+    """Whether this script wrote the page: `GALLERY_PAGE` names it as the generator."""
     if not page.is_file():
         return False
     with open(page, "rb") as file:
@@ -4987,7 +5038,9 @@ def parse_directory(text: str) -> Path:
 
 def parse_id(text: str) -> str:
     if not text.strip():
-        raise argparse.ArgumentTypeError("the id is empty: give one, or its first 8 characters")
+        raise argparse.ArgumentTypeError(
+            "the id is empty: give an id, or at least its first 8 characters"
+        )
     return text.strip()
 
 
@@ -5024,7 +5077,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ID",
-        help="only this task: its id, or the first 8 characters or more; may be repeated",
+        help="only this task: its id, or at least the first 8 characters of it; may be repeated",
     )
     what.add_argument(
         "--skip",
@@ -5107,7 +5160,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Namespace:
-    """Return the options; what cannot be is refused with what could (exit code 2)."""
+    """Return the options; exit with code 2, and a message that helps, if they make no sense."""
     parser = build_parser()
     options, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
@@ -5119,25 +5172,30 @@ def parse_arguments(argv: Sequence[str] | None) -> Namespace:
     options.files += options.polling_results_file
     if STANDARD_INPUT in options.files and len(options.files) > 1:
         parser.error("- is standard input: give it alone, without other files")
-    choice = [options.only, options.skip, options.shard != (1, 1), options.commands]
-    if options.verify and (options.files or options.all or any(choice)):
-        parser.error("--verify checks the whole output directory: give it no files or tasks")
+    about_tasks = [options.only, options.skip, options.shard != (1, 1), options.commands]
+    if options.verify and (options.files or options.all or any(about_tasks)):
+        parser.error(
+            "--verify checks the whole output directory: it takes no files, tasks or commands"
+        )
     if options.gallery and (options.verify or options.dry_run):
         parser.error("--gallery writes a page: not with --dry-run or --verify")
     return options
 
 
 def nearest_option(unknown: str, help_text: str) -> str:
-    """Return the known option that an unknown one begins, else the most similar one."""
-    known = re.findall(r"--[a-z-]+", help_text)
+    """Return the option that ``unknown`` abbreviates, else the one that is most similar."""
+    known: list[str] = re.findall(r"--[a-z-]+", help_text)
     option = unknown.split("=")[0]
-    longer = [each for each in known if each.startswith(option)]
-    nearest = longer or difflib.get_close_matches(option, known, n=1, cutoff=0.0)
-    return str(nearest[0])
+    abbreviated = [each for each in known if each.startswith(option)]
+    nearest = abbreviated or difflib.get_close_matches(option, known, n=1, cutoff=0.0)
+    return nearest[0]
 
 
 def choose_results_files(options: Namespace, console: Console) -> list[Path]:
-    """Return the results files the command line asks for; raises `JobError` if there are none."""
+    """Return the results files that the command line asks for, latest first.
+
+    Raises `JobError` if it names none and there are none.
+    """
     if options.files:
         return sorted(options.files, key=results_order, reverse=True)
     places = (".", DEFAULT_OUTPUT_DIR, options.output_dir)
@@ -5154,7 +5212,11 @@ def choose_results_files(options: Namespace, console: Console) -> list[Path]:
 
 
 def read_chosen_tasks(options: Namespace, console: Console, report: Report) -> list[Task]:
-    """Return the tasks that the command line asks for; raises `JobError` if it cannot."""
+    """Return the tasks that the command line asks for.
+
+    A file that cannot be read is a problem. Raises `JobError` if none can, or if no task matches
+    --only.
+    """
     paths = choose_results_files(options, console)
     choice = Choice(options.only, options.skip, options.shard)
     found = read_tasks(paths, console, choice=choice)
@@ -5165,7 +5227,9 @@ def read_chosen_tasks(options: Namespace, console: Console, report: Report) -> l
     warn_without_key(found.askable, options.output_dir, console)
     if options.only and not found.chosen:
         ids = printable(", ".join(options.only))
-        raise JobError(f"no task matches --only {ids}: give an id, or its first 8 characters")
+        raise JobError(
+            f"no task matches --only {ids}: give an id, or at least its first 8 characters"
+        )
     return found.tasks
 
 
@@ -5178,10 +5242,11 @@ def carry_out(options: Namespace, console: Console, report: Report) -> None:
     if options.dry_run:
         dry_run(tasks, options.output_dir, console, report)
         return
-    settings = {each.name: getattr(options, each.name) for each in fields(Settings)}
     downloader = VideoDownloader(
         options.output_dir,
-        **settings,
+        workers=options.workers,
+        timeout=options.timeout,
+        retries=options.retries,
         commands=[command.words for command in options.commands],
         console=console,
         report=report,
@@ -5192,19 +5257,24 @@ def carry_out(options: Namespace, console: Console, report: Report) -> None:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended before its time: the exit code, and what to say of it."""
+    """How a run ended early: the exit code, and the lines that say why."""
 
     exit_code: int
     lines: tuple[str, ...]
 
 
-def run_to_the_end(options: Namespace, console: Console, report: Report) -> Ending | None:
-    """Do what the command line says; return how it ended if that was before its time."""
+def run_to_the_end(
+    step: Callable[[Namespace, Console, Report], None],
+    options: Namespace,
+    console: Console,
+    report: Report,
+) -> Ending | None:
+    """Do ``step``; return how it ended if that was early, else ``None``."""
     try:
-        carry_out(options, console, report)
+        step(options, console, report)
     except JobError as error:
         return Ending(1, error.args)
-    except OSError as error:  # the current directory is gone
+    except OSError as error:  # Path.absolute, when the current directory is gone
         reason = printable(error.strerror or error)
         return Ending(1, (f"the current directory cannot be used: {reason}",))
     except KeyboardInterrupt as interrupt:
@@ -5216,7 +5286,7 @@ def run_to_the_end(options: Namespace, console: Console, report: Report) -> Endi
 
 
 def make_gallery(options: Namespace, console: Console, report: Report) -> None:
-    """Write the gallery, and count what keeps it from being written as a problem."""
+    """Write the gallery; if that fails, print why, and count it as a problem."""
     if not os.path.isdir(options.output_dir):
         return  # what is wrong with that has been said
     problems = ["could not write the gallery: the output directory does not answer"]
@@ -5237,7 +5307,10 @@ def make_gallery(options: Namespace, console: Console, report: Report) -> None:
 
 
 def end_by_signal(number: int, _frame: object) -> NoReturn:
-    """Raise at the first signal. That is safe anywhere, since even a kill is."""
+    """Raise KeyboardInterrupt with the number, and ignore all signals that follow.
+
+    That is safe at any point of the program, since even a kill is.
+    """
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # `timeout` and CI runners send two
     raise KeyboardInterrupt(number)
@@ -5254,11 +5327,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(each, end_by_signal)
     console = Console(options.quiet, options.json)
     report = Report()
-    ending = run_to_the_end(options, console, report)
-    # Without results files, the gallery still shows what earlier runs brought.
-    has_not_begun = ending is not None and ending.exit_code == 1 and not report.is_run
-    if options.gallery and (ending is None or has_not_begun):
-        make_gallery(options, console, report)
+    ending = run_to_the_end(carry_out, options, console, report)
+    # If the run could not even begin, the gallery still shows what earlier runs brought.
+    could_not_begin = ending is not None and ending.exit_code == 1 and not report.is_run
+    if options.gallery and (ending is None or could_not_begin):
+        ending = run_to_the_end(make_gallery, options, console, report) or ending
     console.clear_line()
     error_lines = ending.lines if ending else ()
     if report.is_run:
@@ -5266,28 +5339,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif error_lines:
         console.complain("", *(f"❌ {line}" for line in error_lines))
     exit_code = ending.exit_code if ending else report.exit_code
-    if options.json:
-        return print_json(report.as_json(exit_code, "; ".join(error_lines)), console)
+    if options.json and not print_json(report.as_json(exit_code, "; ".join(error_lines)), console):
+        return 1
     return exit_code
 
 
-def print_json(document: JsonObject, console: Console) -> int:
-    """Print the object of --json; return the exit code in it, or 1 if nobody could read it."""
+def print_json(document: JsonObject, console: Console) -> bool:
+    """Print the object of --json; return whether that worked."""
+    if sys.stdout is None:
+        console.complain("❌ the JSON could not be written: stdout is closed")
+        return False
     try:
         print(json.dumps(document, indent=2), flush=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         console.complain(f"❌ the JSON could not be written: {reason}")
-        return 1
-    return int(document["exit_code"])
+        return False
+    return True
 
 
 def run_as_a_program() -> NoReturn:
-    """Run the command line and exit at once: worker threads may still wait for a server."""
+    """Run the command line, then exit without waiting for worker threads that are stuck."""
     threading.stack_size(THREAD_STACK_BYTES)
     try:
         exit_code = main()
-    except KeyboardInterrupt as interrupt:  # while its last lines are printed
+    except KeyboardInterrupt as interrupt:  # during the gallery, or while last lines are printed
         exit_code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     os._exit(exit_code)
 

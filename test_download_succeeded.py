@@ -1966,8 +1966,9 @@ def test_unusable_links_are_left_to_those_with_a_key(tmp_path: Path) -> None:
     rows = [make_row(i, video_url=link) for i, link in enumerate(UNUSABLE_LINKS)]
     downloader = make_downloader(tmp_path)
     assert downloader.get_succeeded_tasks({"task_results": rows}) == []
+    without_id = make_row(video_url=None, **NO_ID)
     with mock.patch.dict(os.environ, {"RUNWAYML_API_SECRET": API_KEY}):
-        assert downloader.get_succeeded_tasks({"task_results": rows}) == rows
+        assert downloader.get_succeeded_tasks({"task_results": [*rows, without_id]}) == rows
 
 
 USABLE_LINKS = [
@@ -1987,20 +1988,20 @@ def test_unusual_links_are_usable(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Quoted(Row):
-    link: str  # after the host
-    path: str  # as the server sees it
+    link: str  # after the host, as the results file has it
+    target: str  # as requests quotes it
 
 
 QUOTED = [
-    Quoted("a space", "a b.mp4?sig=1", "a%20b.mp4"),
-    Quoted("a space and quotes in the query", 'a.mp4?name=attachment; filename="a b"', "a.mp4"),
+    Quoted("a space", "a b.mp4?sig=1", "a%20b.mp4?sig=1"),
+    Quoted("spaces and quotes in the query", 'c.mp4?a=b; d="e f"', "c.mp4?a=b;%20d=%22e%20f%22"),
+    Quoted("spaces in both", "m n.mp4?_jwt=a secret b", "m%20n.mp4?_jwt=a%20secret%20b"),
     Quoted("a backslash", "c\\d.mp4", "c%5Cd.mp4"),
-    Quoted("a backslash in the query", "e.mp4?sig=a\\b", "e.mp4"),
-    Quoted("a space of no width in the query", "f.mp4?sig=1\u200b", "f.mp4"),
+    Quoted("a backslash in the query", "e.mp4?sig=a\\b", "e.mp4?sig=a%5Cb"),
+    Quoted("a space of no width", "f.mp4?sig=1\u200b", "f.mp4?sig=1%E2%80%8B"),
     Quoted("letters beyond ASCII", "ü.mp4", "%C3%BC.mp4"),
     Quoted("brackets", "g[1].mp4", "g%5B1%5D.mp4"),
-    Quoted("what is quoted", "h%20i.mp4?sig=a%2Bb", "h%20i.mp4"),
-    Quoted("spaces before and in a query", "m n.mp4?_jwt=a secret b", "m%20n.mp4"),
+    Quoted("what is quoted stays so", "%20x%2Fy.mp4?a=%2F+%3D", "%20x%2Fy.mp4?a=%2F+%3D"),
     Quoted("a control character", "j\x01.mp4", "j%01.mp4"),
     Quoted("another header", "k\r\nEvil: b", "k%0D%0AEvil:%20b"),
 ]
@@ -2009,16 +2010,15 @@ QUOTED = [
 def test_a_link_that_must_be_quoted_is_quoted_and_asked_for(tmp_path: Path, cdn: Cdn) -> None:
     rows = []
     for number, case in enumerate(QUOTED):
-        cdn.add(case.path, WHOLE)
+        cdn.add(case.target.partition("?")[0], WHOLE)
         rows.append(make_row(number, video_url=f"{cdn.url}/{case.link}"))
     write_results(tmp_path, rows)
     report = run_json(tmp_path)
     assert not SECRETS.search(report["console"])
-    videos = report["videos"]
+    targets = [request.target for request in cdn.requests]
     for number, case in enumerate(QUOTED):
-        video = videos[make_task_id(number)]
-        assert video["status"] == "downloaded", case
-        assert len(cdn.asked(case.path)) == 1, case
+        assert report["videos"][make_task_id(number)]["status"] == "downloaded", case
+        assert targets.count(f"/{case.target}") == 1, case
     for request in cdn.requests:
         assert "Evil" not in request.headers
 
@@ -2641,12 +2641,14 @@ FOREIGN_JSON = [
 ]
 IN_CHUNKS = Reply(framing="chunked")
 ZIPPED = headed("Content-Encoding", "gzip", body=gzip.compress(NEW).ljust(len(NEW), b"\0"))
+SIZE_IN_A_206 = Reply(206, NEW, {"Content-Range": f"bytes 0-{len(NEW) - 1}/{len(NEW)}"})
 CUT_AT_FIRST = [Reply(send=1000), GOOD]
 ORPHANS = [
     asked("the server announces its size", Reply(pause_at=0), "adopted"),
     asked("the server fails", refusal(500), "failed", says="HTTP 500"),
     asked("no size is announced", IN_CHUNKS, "downloaded", SECOND),
     asked("the size of an encoding is announced", ZIPPED, "downloaded", SECOND),
+    asked("the size comes with a 206 that nobody asked for", SIZE_IN_A_206, "downloaded", SECOND),
     taken("a video of another size", {"s.mp4": WHOLE}, ANOTHER_VIDEO),
     taken("a WebM of another size", {"s.mp4": WEBM}, ANOTHER_VIDEO),
     replace(taken("cut at first", {"s.mp4": WHOLE}, ""), replies=CUT_AT_FIRST, requests=2),
@@ -4548,37 +4550,6 @@ def test_a_cookie_is_for_its_own_video_alone(picky_run: CasesRun) -> None:
             assert "Cookie" not in request.headers, request.path
 
 
-@dataclass(frozen=True)
-class OddLink(Row):
-    """A link as the results file has it, without the host, and as it is to be asked for."""
-
-    link: str
-    asked: str
-
-
-ODD_LINKS = [
-    OddLink("a space in the path", "my video.mp4?a=1", "my%20video.mp4?a=1"),
-    OddLink("a space in the query", 'q.mp4?a="b c"', "q.mp4?a=%22b%20c%22"),
-    OddLink("a backslash", "b.mp4?a=\\b", "b.mp4?a=%5Cb"),
-    OddLink("a character of no width", "z.mp4?a=1\u200b", "z.mp4?a=1%E2%80%8B"),
-    OddLink("what is quoted stays so", "%20x%2Fy.mp4?a=%2F+%3D", "%20x%2Fy.mp4?a=%2F+%3D"),
-]
-
-
-def test_a_link_is_quoted_as_requests_does_it(cdn: Cdn, tmp_path: Path, output_dir: Path) -> None:
-    rows = []
-    for number, odd in enumerate(ODD_LINKS):
-        name = odd.asked.split("?")[0]
-        cdn.add(name, make_mp4(number))
-        link = f"{cdn.url}/{odd.link}"
-        rows.append(make_row(number, video_url=link))
-    download(tmp_path, rows, "--retries", "0")
-    assert_home(output_dir, len(ODD_LINKS))
-    asked = {request.target for request in cdn.requests}
-    for odd in ODD_LINKS:
-        assert f"/{odd.asked}" in asked, odd
-
-
 USELESS_LINKS = {
     "a name that is nowhere": "http://nowhere.invalid/0.mp4?_jwt=secret",
     "a port with nobody": "http://127.0.0.1:1/0.mp4?_jwt=secret",
@@ -5642,7 +5613,7 @@ UNASKED = [
     Unasked("always 500", refusal(500), "HTTP 500"),
     Unasked("a link, and a status that is none of Runway's", ARCHIVED, "ARCHIVED"),
     Unasked("no connection", GOOD, "refused", "http://127.0.0.1:1"),
-    Unasked("an address without https://", GOOD, "no usable address", "api.invalid"),
+    Unasked("an address without https://", GOOD, "the address is invalid", "api.invalid"),
 ]
 
 
@@ -6434,6 +6405,9 @@ def test_closed_streams_are_told_as_they_are(tmp_path: Path, cdn: Cdn) -> None:
     assert no_stdin.returncode == 1
     assert re.search("standard input.*closed", no_stdin.stderr)
     assert "Traceback" not in no_stdin.stderr
+    no_stdout = run_process(tmp_path, "--json", before=["sh", "-c", '"$@" >&-', "sh"])
+    assert no_stdout.returncode == 1
+    assert "JSON could not be written" in no_stdout.stderr
 
 
 @pytest.mark.parametrize("name", ["video_sizes", "write_gallery"])
@@ -6749,6 +6723,16 @@ def test_dry_run_counts_what_has_no_way_to_come_home(tmp_path: Path, cdn: Cdn) -
     assert "expired" in failures["picture_2.mp4"]
     assert "video_url" in failures["picture_3.mp4"]
     assert all("RUNWAYML_API_SECRET" in failure for failure in failures.values())
+
+
+def test_dry_run_advises_what_can_help(tmp_path: Path, cdn: Cdn, api: RunwayApi) -> None:
+    without_id = make_row(0, **NO_ID, video_url=make_jwt_link(f"{cdn.url}/0.mp4", EXPIRED_S))
+    write_results(tmp_path, [without_id])
+    for env in ({}, api.env):
+        result = run_script(tmp_path, "--dry-run", env=env)
+        assert result.returncode == 3
+        assert "run the polling step again" in result.stderr
+        assert "RUNWAYML_API_SECRET" not in result.stderr
 
 
 def test_dry_run_with_a_key_has_a_way_for_all(tmp_path: Path, cdn: Cdn, api: RunwayApi) -> None:
@@ -7297,6 +7281,27 @@ def test_a_failed_call_gives_reason_and_advice(
     assert "RUNWAYML_API_SECRET" in said
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_failed_video_of_a_file_is_told_by_the_call_itself(
+    tmp_path: Path, cdn: Cdn, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    file = write_results(tmp_path, serve(cdn, 1, refusal(403)))
+    assert make_downloader(tmp_path / "a", quiet=quiet).process_polling_results_file(file) == 0
+    said = capsys.readouterr()
+    assert "HTTP 403" in said.out + said.err
+    assert (said.out == "") == quiet
+
+
+def test_the_verdict_knows_of_a_file_that_could_not_be_read(
+    tmp_path: Path, cdn: Cdn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    downloader = make_downloader(tmp_path / "a")
+    assert downloader.process_polling_results_file(write_results(tmp_path, serve(cdn, 2))) == 2
+    assert downloader.process_polling_results_file(tmp_path / "gone.json") == 0
+    downloader.print_final_stats()
+    assert "2 of 2 on disk, but another problem" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("as_words", [False, True], ids=["one text", "a list of words"])
 def test_a_failed_command_is_no_failed_call(tmp_path: Path, cdn: Cdn, as_words: bool) -> None:
     (row,) = serve(cdn, 1, size=SMALL)
@@ -7350,6 +7355,15 @@ def test_create_metadata_json_answers_if_it_could(
     assert downloader.create_metadata_json(row, str(good_video), good) is True
     assert_whole(tmp_path, "a", make_task_id(0), WHOLE)
     assert names_in(tmp_path) == {"a.mp4", "a.json"}
+
+
+def test_create_metadata_json_leaves_nothing_hidden(tmp_path: Path) -> None:
+    (tmp_path / ".dsv").symlink_to("elsewhere")  # so a directory of our own is made
+    video = tmp_path / "a.mp4"
+    video.write_bytes(WHOLE)
+    downloader = make_downloader(tmp_path / "videos")
+    assert downloader.create_metadata_json(make_row(), video, tmp_path / "a.json") is True
+    assert names_in(tmp_path) == {".dsv", "a.mp4", "a.json", "videos"}
 
 
 def test_create_metadata_json_says_that_the_disk_is_full(
@@ -7886,6 +7900,23 @@ def test_a_stopped_run_writes_no_page(tmp_path: Path, cdn: Cdn) -> None:
     assert not page_in(tmp_path).exists()
 
 
+def test_a_signal_while_the_page_is_written_ends_as_any_stop(
+    tmp_path: Path, cdn: Cdn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt(signal.SIGTERM)
+
+    monkeypatch.setattr(dsv, "try_for", interrupt)
+    monkeypatch.setattr(dsv.VideoDownloader, "_tidy", lambda *_arguments: None)
+    monkeypatch.setattr(dsv, "storage_lines", lambda *_arguments: [])
+    write_results(tmp_path, serve(cdn, 1))
+    result = run_script(tmp_path, "--gallery", "--json")
+    report = json.loads(result.stdout)
+    assert report["exit_code"] == result.returncode == 143
+    assert report["stats"]["downloaded"] == 1
+    assert "Videos downloaded: 1" in result.stderr
+
+
 def test_its_own_page_is_made_anew(tmp_path: Path, cdn: Cdn) -> None:
     page = make_gallery(tmp_path / "run", [])
     assert (page.players, "No videos" in page.text) == ([], True)
@@ -8323,18 +8354,6 @@ def test_a_file_from_the_future_holds_nothing_up(tmp_path: Path, cdn: Cdn) -> No
 
 
 # --- More promises: console, commands, programs ---------------------------------------------------
-
-
-@unix_only
-def test_an_unasked_range_tells_no_size(tmp_path: Path, cdn: Cdn) -> None:
-    whole_range = {"Content-Range": f"bytes 0-{len(NEW) - 1}/{len(NEW)}"}
-    unasked = asked(
-        "the size comes with a 206 that nobody asked for",
-        Reply(206, NEW, whole_range),
-        "downloaded",
-        SECOND,
-    )
-    test_a_run_goes_by_what_lies_in_the_directory(tmp_path, cdn, unasked)
 
 
 def test_a_new_worker_takes_the_place_of_one_that_hangs(tmp_path: Path) -> None:
