@@ -7358,12 +7358,12 @@ def test_create_metadata_json_answers_if_it_could(
 
 
 def test_create_metadata_json_leaves_nothing_hidden(tmp_path: Path) -> None:
-    (tmp_path / ".dsv").symlink_to("elsewhere")  # so a directory of our own is made
     video = tmp_path / "a.mp4"
     video.write_bytes(WHOLE)
-    downloader = make_downloader(tmp_path / "videos")
+    downloader = make_downloader(tmp_path)
+    (tmp_path / ".dsv").symlink_to("elsewhere")  # so a directory of our own is made
     assert downloader.create_metadata_json(make_row(), video, tmp_path / "a.json") is True
-    assert names_in(tmp_path) == {".dsv", "a.mp4", "a.json", "videos"}
+    assert names_in(tmp_path) == {".dsv", "a.mp4", "a.json"}
 
 
 def test_create_metadata_json_says_that_the_disk_is_full(
@@ -7681,7 +7681,8 @@ def test_the_directory_is_looked_at_anew(
     for suffix in (".mp4", ".json"):  # by somebody else
         (videos / f"picture_0{suffix}").rename(videos / f"mine{suffix}")
     if is_late:
-        monkeypatch.setattr(dsv, "INDEX_KEPT_S", -1.0)
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 31)
         assert downloader.process_succeeded_task(row)
     else:
         file = write_results(tmp_path, [row])
@@ -7906,9 +7907,7 @@ def test_a_signal_while_the_page_is_written_ends_as_any_stop(
     def interrupt(*_arguments: object) -> None:
         raise KeyboardInterrupt(signal.SIGTERM)
 
-    monkeypatch.setattr(dsv, "try_for", interrupt)
-    monkeypatch.setattr(dsv.VideoDownloader, "_tidy", lambda *_arguments: None)
-    monkeypatch.setattr(dsv, "storage_lines", lambda *_arguments: [])
+    monkeypatch.setattr(dsv, "make_gallery", interrupt)
     write_results(tmp_path, serve(cdn, 1))
     result = run_script(tmp_path, "--gallery", "--json")
     report = json.loads(result.stdout)
@@ -8415,21 +8414,6 @@ def test_the_summary_forgets_a_failure_that_was_mended(
     capsys.readouterr()
     downloader.print_final_stats()
     assert capsys.readouterr().err == ""
-
-
-def test_half_a_minute_later_the_directory_is_looked_at_anew(
-    tmp_path: Path, cdn: Cdn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (row,) = serve(cdn, 1, size=SMALL)
-    videos = tmp_path / "videos"
-    downloader = make_downloader(videos)
-    assert downloader.process_succeeded_task(row)
-    for suffix in (".mp4", ".json"):  # by somebody else
-        (videos / f"picture_0{suffix}").rename(videos / f"mine{suffix}")
-    now = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: now() + 31)
-    assert downloader.process_succeeded_task(row)
-    assert len(cdn.requests) == 1
 
 
 def test_a_later_call_knows_the_names_of_the_earlier_ones(tmp_path: Path, cdn: Cdn) -> None:
