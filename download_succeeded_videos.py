@@ -126,7 +126,7 @@ from enum import Enum
 from glob import glob
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 from urllib.parse import quote, urljoin
 
 try:
@@ -1476,6 +1476,8 @@ def plan_or_guess(task: Task, index: Index) -> Plan:
 HUNG_AFTER_TIMEOUTS = 3
 STOP_GRACE_S = 1.0
 
+T = TypeVar("T")
+
 
 class Watch:
     """Shared by the thread of a download, which notes bytes, and the leader, which looks on.
@@ -1526,18 +1528,19 @@ class Watch:
         return Fault(reason, "look at the network and the disk, then run again")
 
 
-def try_for(seconds: float, work: Callable[[], None]) -> None:
-    """Do ``work`` in a thread of its own, and wait for it no longer than ``seconds``.
+def try_for(seconds: float, work: Callable[[], T]) -> T | None:
+    """Do ``work`` in a thread of its own; return its result, ``None`` if it takes too long.
 
     A mount that has fallen silent must not keep the run from ending.
     """
-    thread = threading.Thread(target=work, daemon=True)
+    results: list[T] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
     try:
         thread.start()
     except RuntimeError:  # the system gives no more threads
-        work()
-    else:
-        thread.join(seconds)
+        return work()
+    thread.join(seconds)
+    return results[0] if results else None
 
 
 # --- Hidden files: parts that are written, leftovers that can be resumed -----------------------
@@ -3588,8 +3591,7 @@ def storage_lines(directory: Path, outcomes: Iterable[Outcome], patience_s: floa
 
     Returns nothing if the directory cannot be listed within ``patience_s``.
     """
-    sizes: dict[str, int] = {}  # of each video, by its name
-    try_for(patience_s, lambda: sizes.update(video_sizes(directory)))
+    sizes = try_for(patience_s, lambda: video_sizes(directory))
     if not sizes:
         return []
     downloaded = [each.path.name for each in outcomes if each.status is Status.DOWNLOADED]
@@ -5289,18 +5291,19 @@ def make_gallery(options: Namespace, console: Console, report: Report) -> None:
     """Write the gallery; if that fails, print why, and count it as a problem."""
     if not os.path.isdir(options.output_dir):
         return  # what is wrong with that has been said
-    problems = ["could not write the gallery: the output directory does not answer"]
 
-    def write() -> None:
+    def write() -> str:
         hidden = HiddenFiles(options.output_dir, options.timeout)
         try:
-            problems[0] = write_gallery(options.output_dir, hidden, console)
+            return write_gallery(options.output_dir, hidden, console)
         except JobError as error:
-            problems[0] = str(error)
-        hidden.clean(set())
+            return str(error)
+        finally:
+            hidden.clean(set())
 
-    try_for(GALLERY_MAX_S, write)
-    problem = problems[0]
+    problem = try_for(GALLERY_MAX_S, write)
+    if problem is None:
+        problem = "could not write the gallery: the output directory does not answer"
     if problem:
         console.complain("", f"⚠️ {problem}")
         report.problems.append(problem)
