@@ -63,10 +63,10 @@ environment:
 #     key        what identifies a task: its id, or its link without the query
 #     stub       a file name without its suffix
 #     home       the stub under which a task's metadata lies
-#     part       a hidden file that one process writes, and no other process touches
+#     part       a hidden file that one process writes, and no other writes or publishes
 #     leftover   a part that its owner let go of on purpose, so that a later attempt can resume it
 #     orphan     a video on disk without metadata
-#     holder     what holds a name that a task would have liked
+#     holder     a sentence: what holds a name that a task would have liked
 #     attempt    one look at the directory, with at most one body received
 #     leader     the thread that leads a run: it starts, watches and reports the downloads
 #     hand-over  running a command of --exec for a video
@@ -542,6 +542,8 @@ def saved_at(path: Path) -> datetime:
     The time in the name counts, since a clone or copy makes all modification times equal. If
     the name has none, the modification time counts. Standard input counts as saved now.
     """
+    if path == STANDARD_INPUT:
+        return datetime.now()
     named = time_in_name(path.name)
     if named:
         return named
@@ -650,7 +652,7 @@ def in_locale(name: str) -> str:
 
 
 def fit(stub: str, suffix: str = "") -> str:
-    """Return ``stub + suffix``, with the stub cut so far that ``.json`` can be added to both."""
+    """Return ``stub + suffix``, the stub cut so that the name with ``.json`` is not too long."""
     room = NAME_MAX_BYTES - len(suffix.encode()) - len(".json")
     return stub.encode()[:room].decode(errors="ignore") + suffix
 
@@ -775,7 +777,7 @@ def task_from_row(row: JsonObject, stub: str = "", saved_s: float | None = None)
 def wrong_with_row(row: object) -> list[str]:
     """Return what is wrong with ``row``, a line for each reason not to use it or a field of it.
 
-    A row whose link makes it worth a line is left to `odd_status_warning`.
+    A row that has a link but an odd status is left to `odd_status_warning`, which names it.
     """
     if not isinstance(row, dict):
         return ["not an object: passed over"]
@@ -869,10 +871,12 @@ class Choice:
     skip: Sequence[str] = ()
     shard: tuple[int, int] = (1, 1)
 
+    def names(self, task: Task) -> bool:
+        """Whether ``only`` names the task, or no task at all."""
+        return not self.only or is_named(task.task_id, self.only)
+
     def takes(self, task: Task) -> bool:
-        if self.only and not is_named(task.task_id, self.only):
-            return False
-        if is_named(task.task_id, self.skip):
+        if not self.names(task) or is_named(task.task_id, self.skip):
             return False
         number, count = self.shard
         return int(digest(fold(task.stub)), 16) % count == number - 1
@@ -998,9 +1002,8 @@ def sync_and_close(file: BinaryIO) -> None:
 
 def sync_path(path: Path) -> None:
     """Have ``path``, a file or a directory, reach the disk."""
-    flags = (
-        os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
-    )  # Windows syncs what is open for writing
+    # Windows syncs a file only if it is open for writing.
+    flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
     descriptor = os.open(path, flags)
     try:
         sync_file(descriptor)
@@ -1202,7 +1205,7 @@ class Place:
 
 @dataclass
 class Index:
-    """What a run knows of the output directory: what one scan saw, and what it has done since.
+    """What a run knows of the output directory: what one scan saw, and what the run has done since.
 
     `look` sees a single name as it is now.
     """
@@ -1277,7 +1280,7 @@ class Index:
     def _look_without_metadata(self, task: Task, path: Path, size: int | None) -> Place:
         """Return what ``task`` finds at ``path``, of ``size`` bytes, if no metadata is beside it.
 
-        An orphan may be promised to another task: whose it is, is settled later.
+        An orphan is returned even if it is promised to another task; `plan_task` checks that.
         """
         if size:
             with disk_errors(f"read {path.name}"):
@@ -1471,7 +1474,7 @@ def plan_or_guess(task: Task, index: Index) -> Plan:
         return Plan(task, index.directory / f"{task.stub}.mp4", Action.DOWNLOAD)
 
 
-# --- The watch: what the thread that leads sees of the thread that works -----------------------
+# --- The watch: what the leader sees of a download's thread -------------------------------------
 
 HUNG_AFTER_TIMEOUTS = 3
 STOP_GRACE_S = 1.0
@@ -1517,6 +1520,11 @@ class Watch:
         """Raise `Cancelled` when this thread must change nothing more."""
         if self._is_given_up or self._stop.is_set():
             raise Cancelled
+
+    def go_on(self) -> None:
+        """Note that the thread got on with its work, and check whether it may go on."""
+        self.note()
+        self.check()
 
     def is_hung(self, now_s: float) -> bool:
         return now_s - self._moved_s > self._limit_s
@@ -1661,9 +1669,8 @@ class HiddenFiles:
         self._names: list[str] = []
         self._listed_s = -math.inf  # when, on the monotonic clock
         self.home = directory / HIDDEN_DIR
-        if os.path.islink(
-            self.home
-        ):  # it may lead to another disk, from where nothing can be linked
+        # A link may lead to another disk, and hard links cannot cross disks.
+        if os.path.islink(self.home):
             self.home = self._own_home
 
     def create(self, file_key: str, suffix: str) -> tuple[Path, BinaryIO]:
@@ -1727,8 +1734,8 @@ class HiddenFiles:
     def is_another_run_at_work(self, paths: Iterable[Path], own: Path | None) -> bool:
         """Whether somebody else has a part among ``paths`` that still grows.
 
-        A part that was changed more than ``timeout`` ago holds up nobody; nor does one whose
-        process is gone, or one that a wrong clock has dated more than ``timeout`` ahead.
+        A part that was changed more than ``timeout`` ago does not count; nor does one whose process
+        is gone, or whose time is more than ``timeout`` in the future.
         """
         for path in paths:
             is_part = path.suffix == ".part" and path != own
@@ -1754,7 +1761,7 @@ class HiddenFiles:
         for home in {self.directory / name for name in (self.home.name, *more_homes)}:
             if os.path.islink(home):
                 continue  # what it leads to is not ours
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 for name in os.listdir(home):
                     if self._is_useless(home / name, is_done=name.partition(".")[0] in done):
                         remove(home / name)
@@ -1809,18 +1816,12 @@ class Part:
     def __init__(self, hidden: HiddenFiles, file_key: str) -> None:
         self._hidden = hidden
         self._file_key = file_key
-        self.source: Source | None = None
+        self.source: Source | None = None  # of the bytes; ``None`` if they cannot be resumed
+        self.leftover: Leftover | None = None  # that was copied to begin with
         self.size_bytes = 0
         self.sha256 = hashlib.sha256()
         with disk_errors("write to the output directory"):
             self.path, self._file = self._hidden.create(self._file_key, "part")
-
-    def begin(self, source: Source | None) -> None:
-        """Note where the bytes to come are from; ``None`` if they could not be resumed later.
-
-        It is called once, before the first byte: a part is never cut and used again.
-        """
-        self.source = source
 
     def write(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -1836,7 +1837,8 @@ class Part:
         The leftover stays where it is. If it cannot be copied, for instance since the disk is full,
         both files are removed, and `PartGone` is raised: the next attempt begins at the first byte.
         """
-        self.begin(leftover.source)
+        self.source = leftover.source
+        self.leftover = leftover
         try:
             self._copy(leftover, watch)
         except TransientError:
@@ -1850,8 +1852,7 @@ class Part:
         with disk_errors("read an earlier leftover"), open(leftover.path, "rb") as file:
             rest = leftover.size_bytes
             while rest and (block := file.read(min(rest, CHUNK_BYTES))):
-                watch.note()
-                watch.check()
+                watch.go_on()
                 self.write(block)
                 rest -= len(block)
         if rest:
@@ -2004,8 +2005,8 @@ class HttpClient:
     def forget_connections(self) -> None:
         """Use no idle connection again; those in use are closed after their answers.
 
-        After a fault of one, others may be dead as well. And if a server has answered one request
-        twice, the second answer would be taken for that to the next request.
+        After a fault of one, others may be dead as well. And if a server sends two answers to one
+        request, the second would be read as the answer to the next request.
         """
         self._adapter = SharedContextAdapter(self._context, self._connections)
 
@@ -2283,7 +2284,7 @@ def read_blocks(response: requests.Response, watch: Watch, timeout_s: float) -> 
             raise explain(error, timeout_s) from None
         watch.check()
         came = raw.tell() - before
-        if piece:  # what cannot be decoded yet is no progress
+        if piece:  # for the watch, what cannot be decoded yet is no progress
             watch.note(came)
         pieces.append(piece)
         if came < most or len(pieces) == READS_PER_BLOCK:
@@ -2398,7 +2399,8 @@ class LinkSource:
     """Gives a task's link: the row's; if that one is dead or missing, one from Runway.
 
     ``current`` is the link in use, ``is_fresh`` says that it is from Runway, and ``has_succeeded``
-    that the row or Runway says so. Both links may be refused: then there is none.
+    that the row or Runway says that the task SUCCEEDED. Both links may be refused: then there is
+    none.
     """
 
     def __init__(self, task: Task, runway: Runway) -> None:
@@ -2464,7 +2466,7 @@ class LinkSource:
     def _dead_unasked(self) -> LinkDead:
         """Return the error for a dead or missing link when Runway cannot be asked for another.
 
-        That takes a key, and the id of the task.
+        Asking takes a key, and the id of the task.
         """
         hint = "set RUNWAYML_API_SECRET and run again to fetch a fresh link"
         if not self._task.task_id:
@@ -2559,7 +2561,7 @@ class Retries:
         The doublings are bounded as well, since a float cannot hold 2 to the power of 1024.
         """
         if error.is_pressure:
-            doublings = self.tries - 2  # the next try is the second, at least
+            doublings = self.tries - 2  # the next try, which is the second or later, is counted
             return min(BACKOFF_BASE_S * 2.0 ** min(doublings, 10), PRESSURE_MAX_S)
         doublings = max(self._failures - 1, 0)  # 0 if all failures were free
         return min(BACKOFF_BASE_S * 2.0 ** min(doublings, 10), BACKOFF_MAX_S)
@@ -2635,8 +2637,8 @@ class Outcome:
             }
         expiry = link_expiry(self.link or self.task.link)
         # --verify finds fault with a video that has bytes.
-        # A failure has a path if there is a file: one that is not as its metadata says, or one that
-        # a dry run has seen.
+        # A failure has a path only if there is a file: one that --verify finds fault with, or one
+        # that a dry run has seen.
         has_path = self.is_on_disk or self.status is Status.PENDING or bool(self.size_bytes)
         return {
             "task_id": self.task.task_id,
@@ -3035,7 +3037,7 @@ class Download:
                 return adopted
         self.watch.note()  # a slow disk gets as long as a slow server
         part.finish()
-        return self._publish(part, self._check_content(part, leftover))
+        return self._publish(part, self._check_content(part))
 
     def let_go(self) -> None:
         """Let go of the part, for a thread that is stuck with it."""
@@ -3071,7 +3073,7 @@ class Download:
 
     def _learn_that_it_succeeded(self, link: str) -> None:
         """Plan anew for a task that polling gave up on, and that Runway says has SUCCEEDED."""
-        self._may_adopt = False  # its link was not known until now, so no earlier run has it
+        self._may_adopt = False  # no earlier run knew its link, so an orphan cannot be its video
         task = self.task.as_succeeded(link)
         self.plan = plan_task(task, self._tools.index, may_adopt=False)
 
@@ -3108,7 +3110,7 @@ class Download:
         elif head.start != 0:
             raise TransientError("the server sent a range that was not asked for")
         else:
-            part.begin(head.source)
+            part.source = head.source
         self._receive_body(response, part, head)
         return None
 
@@ -3130,9 +3132,9 @@ class Download:
         is_miscounted = head.total_bytes is not None and head.total_bytes != part.size_bytes
         if is_short or is_miscounted:
             raise TransientError("the connection was cut")
-        self._is_length_known = announced is not None
+        self._is_length_known = announced is not None or head.total_bytes is not None
 
-    def _check_content(self, part: Part, leftover: Leftover | None) -> Content:
+    def _check_content(self, part: Part) -> Content:
         """Return what the part holds.
 
         Raises `TransientError` for a video that was cut, `TaskError` for what is no video. What
@@ -3140,9 +3142,9 @@ class Download:
         """
         with disk_errors("read the video back"):
             content = inspect_path(part.path, part.size_bytes)
-        if leftover and content not in KEPT:
+        if part.leftover and content not in KEPT:
             part.discard()
-            remove(leftover.path)
+            remove(part.leftover.path)
             raise PartGone("the leftover of an earlier attempt did not lead to a video")
         # Without a length, what looks like surplus may be a box that was cut in its head.
         is_cut = content is Content.SURPLUS and not self._is_length_known
@@ -3203,7 +3205,7 @@ class Download:
         metadata_path = path.with_suffix(".json")
         try:
             with disk_errors(f"describe {path.name}"):
-                info = describe_file(path, self.watch.note)
+                info = describe_file(path, self.watch.go_on)
                 put_metadata(metadata_path, self.task, path.name, info, self._tools.hidden)
         except FileExistsError:
             return None
@@ -3238,7 +3240,7 @@ class Download:
 def told_once(counts: Counter[str]) -> tuple[str, ...]:
     """Return each line once, with how often it came if that was more than once."""
     return tuple(
-        line if count == 1 else f"{line} ({count} times)" for line, count in counts.items()
+        line if count == 1 else f"{line} ({count} times)" for line, count in list(counts.items())
     )
 
 
@@ -3363,6 +3365,8 @@ def run_command(command: Command, video: Path, stop: threading.Event) -> None:
 
     Raises `TaskError` with the last lines that it printed if it fails, `Cancelled` at a stop.
     """
+    if stop.is_set():
+        raise Cancelled
     words = command.filled_in(video, video.with_suffix(".json"))
     environment = {**os.environ}
     environment.pop("RUNWAYML_API_SECRET", None)
@@ -3428,8 +3432,11 @@ class Report:
         self._open_file_keys: set[str] = set()  # of tasks found that have come to no end
 
     def begin(self, tasks: Iterable[Task]) -> None:
-        """Count the tasks whose rows say SUCCEEDED; `record` counts those of which Runway does."""
-        self._counted_keys.clear()  # another call counts a task again
+        """Count the tasks whose rows say SUCCEEDED; `record` adds those of which only Runway does.
+
+        Each call of a program counts its tasks anew.
+        """
+        self._counted_keys.clear()
         for task in tasks:
             if task.state is State.SUCCEEDED:
                 self.found += 1
@@ -3458,7 +3465,7 @@ class Report:
 
     @property
     def unfinished(self) -> int:
-        """How many tasks were found and have come to no end, in this call or a later one."""
+        """How many of the tasks that were found have no outcome, from any call."""
         return len(self._open_file_keys)
 
     @property
@@ -3536,9 +3543,7 @@ def download_lines(outcome: Outcome, name: str) -> Iterator[str]:
 EMOJI = {
     Status.DOWNLOADED: "✅",
     Status.EXISTS: "⚠️",
-    Status.FAILED: "❌",
     Status.NOT_SUCCEEDED: "ℹ️",
-    Status.UNASKED: "❌",  # as each FAILED, it has a fault as well
 }
 
 
@@ -3651,7 +3656,7 @@ class Verdict:
 
 
 def verdict(report: Report) -> Verdict | None:
-    """Return the one sentence that is true of the whole run, ``None`` if one task was all."""
+    """Return the one sentence that is true of the whole run, ``None`` for fewer than two tasks."""
     outcomes = [outcome for outcome in report.latest if outcome.status in COUNTED]
     found = len(outcomes) + report.unfinished
     if found < 2:
@@ -3998,7 +4003,7 @@ class Run:
 
     def _start_what_is_due(self) -> None:
         now_s = time.monotonic()
-        # A retry is started even if no slot is free: it waits for a worker in their queue.
+        # A retry is started even if no slot is free: it waits in the workers' queue.
         while self._backing_off and self._backing_off[0].due_s <= now_s:
             self._start(heapq.heappop(self._backing_off).download)
         while self._free_slots() > 0 and self._plans:
@@ -4109,13 +4114,13 @@ class Found:
     """What results files hold: the tasks to bring home, each once, and the files' ``errors``.
 
     ``askable`` are tasks that polling gave up on lately, about which Runway would be asked if
-    there were a key. ``chosen`` counts the rows that the command line chose.
+    there were a key. ``named`` counts the rows that --only names, all without it.
     """
 
     tasks: list[Task]
     askable: list[Task]
     errors: list[str]
-    chosen: int
+    named: int
 
 
 def read_tasks(
@@ -4132,25 +4137,28 @@ def read_tasks(
     found: list[Task] = []
     recent_keys: set[str] = set()
     errors = []
+    named = 0
     for path in paths:
         saved = saved_at(path)
         saved_s = saved.timestamp() if saved.year >= FIRST_YEAR else time.time()
         try:
-            chosen = read_one_file(path, saved_s, console, name_row, choice)
+            tasks = read_one_file(path, saved_s, console, name_row, choice)
         except JobError as error:
             errors.append(str(error))
             continue
+        named += sum(choice.names(task) for task in tasks)
+        chosen = [task for task in tasks if choice.takes(task)]
         found.extend(chosen)
         if time.time() - saved_s < WARNED_FOR_S:
             recent_keys.update(task.key for task in chosen)
     merged = merge_tasks(found)
     warn_of_odd_statuses(merged, console)
-    tasks = [task for task in merged if is_to_be_fetched(task)]
+    to_fetch = [task for task in merged if is_to_be_fetched(task)]
     askable = []
     if not api_key():
         recent = [task for task in merged if task.key in recent_keys]
         askable = [task for task in recent if task.is_asked_about(time.time())]
-    return Found(tasks, askable, errors, len(found))
+    return Found(to_fetch, askable, errors, named)
 
 
 def read_one_file(
@@ -4160,7 +4168,7 @@ def read_one_file(
     name_row: Callable[[JsonObject], str],
     choice: Choice,
 ) -> list[Task]:
-    """Return the chosen tasks of one results file, and print what is in it.
+    """Return the tasks of one results file, and print what is in it of those that were chosen.
 
     Raises `JobError` if it cannot be read.
     """
@@ -4171,7 +4179,7 @@ def read_one_file(
     tell_of_rows(chosen, len(rows.tasks) - len(chosen), console)
     lines = [f"  ⚠️ {name}, {each}" for each in rows.wrong]
     console.complain(*shortened(lines, NAMES_SHOWN))
-    return chosen
+    return rows.tasks
 
 
 def warn_of_odd_statuses(tasks: Iterable[Task], console: Console) -> None:
@@ -4222,7 +4230,8 @@ def warn_without_key(tasks: Sequence[Task], directory: Path, console: Console) -
 # --- VideoDownloader: the door for programs -----------------------------------------------------
 
 INDEX_KEPT_S = 30.0
-UNPICKLED = {"on_outcome", "on_progress"}  # besides, what `_start_afresh` sets
+# The callbacks, and what `_start_afresh` sets.
+UNPICKLED = {"on_outcome", "on_progress"}
 UNPICKLED |= {"_console", "_report", "_index", "_tls_context", "_stop", "_turn", "_is_checked"}
 
 
@@ -4494,7 +4503,7 @@ class VideoDownloader:
             there += 1
             outcome = Outcome(plan.task, Status.EXISTS, plan.path, plan.size_bytes)
             self._record(outcome, is_shown=there <= EXISTING_SHOWN)
-        if len(plans) > BLOCKS_SHOWN and there:  # then the console has shown none of them
+        if len(plans) > BLOCKS_SHOWN and there:  # `Console.show_outcome` shows none of them then
             self._console.say("", f"  ⚠️ {counted(there)} already there")
         elif there > EXISTING_SHOWN:
             more = counted(there - EXISTING_SHOWN, "more video")
@@ -4577,7 +4586,10 @@ class VideoDownloader:
         try_for(STOP_GRACE_S if left else self.settings.timeout, tidy)
 
     def _record(self, outcome: Outcome, is_shown: bool = True) -> None:
-        """Count ``outcome``, print it, and tell the caller, once: Ctrl-C may break this off."""
+        """Count ``outcome``, print it, and tell the caller.
+
+        After Ctrl-C, `Run` may bring the same outcome again: it is passed over.
+        """
         if self._report.outcomes and self._report.outcomes[-1] is outcome:
             return
         self._report.record(outcome)
@@ -4686,7 +4698,7 @@ def preview_of(plan: Plan, now_s: float) -> Preview:
     if not task.link:
         return preview_without_link(pending, plan, "without a link", Fault(NO_LINK, RENEW_HINT))
     expiry = expiry_text(task.link, now_s)
-    if expiry.startswith("expired"):
+    if link_expiry(task.link) <= now_s:
         fault = Fault("the link has expired", RENEW_HINT, f"the link {expiry}")
         return preview_without_link(pending, plan, "expired", fault)
     said = f"the link is {expiry}" if expiry else "the link does not say when it expires"
@@ -5087,7 +5099,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ID",
-        help="not this task; may be repeated",
+        help="not this task, given as for --only; may be repeated",
     )
     what.add_argument(
         "--shard",
@@ -5227,7 +5239,7 @@ def read_chosen_tasks(options: Namespace, console: Console, report: Report) -> l
     console.complain(*(f"❌ {error}" for error in found.errors))
     report.problems.extend(found.errors)
     warn_without_key(found.askable, options.output_dir, console)
-    if options.only and not found.chosen:
+    if options.only and not found.named:
         ids = printable(", ".join(options.only))
         raise JobError(
             f"no task matches --only {ids}: give an id, or at least its first 8 characters"
@@ -5312,7 +5324,7 @@ def make_gallery(options: Namespace, console: Console, report: Report) -> None:
 def end_by_signal(number: int, _frame: object) -> NoReturn:
     """Raise KeyboardInterrupt with the number, and ignore all signals that follow.
 
-    That is safe at any point of the program, since even a kill is.
+    An exception may come at any point of the program: what is on disk survives even a kill.
     """
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # `timeout` and CI runners send two

@@ -3412,6 +3412,28 @@ def test_a_spoilt_leftover_makes_no_wrong_file(tmp_path: Path, cdn: Cdn, case: S
     assert_whole(output_dir, "picture_0", make_task_id(0), make_mp4(0))
 
 
+def test_a_leftover_that_was_of_no_use_is_not_blamed(tmp_path: Path, cdn: Cdn) -> None:
+    rows = leave_half(tmp_path, cdn)
+    cdn.replies["/0.mp4"] = [Reply(body=b"<html>gone</html>")]
+    before = len(cdn.requests)
+    result = download(tmp_path, rows)
+    assert result.returncode == 3
+    assert "what the server sent is text" in result.stderr
+    assert len(cdn.requests) == before + 1
+
+
+def test_the_total_of_a_range_is_as_good_as_a_length(
+    tmp_path: Path, output_dir: Path, cdn: Cdn
+) -> None:
+    surplus = make_mp4(0) + b"something else"
+    link = cdn.add("0.mp4", surplus, Reply(send=HALF), CHUNKED)
+    rows = [make_row(0, video_url=link)]
+    assert download(tmp_path, rows, "--retries", "0").returncode == 3
+    assert download(tmp_path, rows, "--retries", "0").returncode == 0
+    assert (output_dir / "picture_0.mp4").read_bytes() == surplus
+    assert starts_of(cdn) == [None, HALF]
+
+
 @pytest.mark.parametrize("broken", ["open", "read"])
 def test_a_leftover_that_cannot_be_read_costs_no_video(
     tmp_path: Path, output_dir: Path, cdn: Cdn, broken: str
@@ -6607,6 +6629,17 @@ CHOSEN = [
 ]
 
 
+def test_only_may_name_a_task_of_another_shard(tmp_path: Path, cdn: Cdn) -> None:
+    write_results(tmp_path, serve(cdn, 4, size=SMALL))
+    for shard in ("1/2", "2/2"):
+        result = run_script(tmp_path, "--only", ID_1, "--shard", shard)
+        assert result.returncode == 0
+        assert result.stderr == ""
+    assert [request.path for request in cdn.requests] == ["/1.mp4"]
+    both = run_script(tmp_path, "--only", ID_1, "--skip", ID_1)
+    assert both.returncode == 0
+
+
 @pytest.mark.parametrize("case", CHOSEN, ids=lambda case: case.sentence)
 def test_only_and_skip_choose_tasks(tmp_path: Path, cdn: Cdn, case: Chosen) -> None:
     write_results(tmp_path, serve(cdn, 4, size=SMALL))
@@ -6935,6 +6968,31 @@ def test_words_reach_the_command_to_the_letter_without_a_shell(
     assert len(expected) == len(stubs)
     assert "owned" not in names_in(tmp_path)
     assert "owned" not in names_in(output_dir)
+
+
+def test_no_command_is_begun_after_a_stop(
+    tmp_path: Path, cdn: Cdn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = make_recorder(tmp_path)
+    commands = [f"{command} 1", f"{command} 2"]
+    downloader = make_downloader(tmp_path / "videos", commands=commands)
+    remember = dsv.record_hand_over
+
+    def remember_and_stop(*arguments: Any) -> None:
+        remember(*arguments)
+        downloader.stop()
+
+    begun: list[Any] = []
+    begin = subprocess.Popen
+
+    def note_and_begin(words: Any, **how: Any) -> Any:
+        begun.append(words)
+        return begin(words, **how)
+
+    monkeypatch.setattr(dsv, "record_hand_over", remember_and_stop)
+    monkeypatch.setattr(subprocess, "Popen", note_and_begin)
+    downloader.process_succeeded_task(serve(cdn, 1)[0])
+    assert len(begun) == 1
 
 
 @unix_only
@@ -7580,6 +7638,29 @@ def test_threads_on_one_downloader_mix_nothing_up(tmp_path: Path, cdn: Cdn) -> N
         assert_whole(tmp_path, names[row["task_id"]], row["task_id"], make_mp4(number, SMALL))
     assert len(names_in(tmp_path)) == 24
     assert len(cdn.requests) == 12
+
+
+def test_an_adoption_that_was_given_up_writes_nothing_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_written = threading.Event()
+    row = make_row(target_filename_stub=f"video_{make_task_id(0)[:8]}")
+    (tmp_path / f"{row['target_filename_stub']}.mp4").write_bytes(WHOLE)
+    describe = dsv.describe_file
+
+    def describe_late(path: Path, on_block: Any = lambda: None) -> Any:
+        time.sleep(0.6)  # as on a mount that hangs, longer than three timeouts
+        try:
+            return describe(path, on_block)
+        finally:
+            has_written.set()
+
+    monkeypatch.setattr(dsv, "describe_file", describe_late)
+    downloader = make_downloader(tmp_path, timeout=0.1)
+    assert downloader.process_succeeded_task(row) is False
+    assert has_written.wait(10)
+    time.sleep(0.2)
+    assert list(tmp_path.glob("*.json")) == []
 
 
 def test_stop_from_another_thread_ends_the_call_alone(
