@@ -3853,6 +3853,7 @@ STOOD_STILL_S = 1.0  # if a wait overruns by more, the process as a whole stood 
 # With the usual 8 MB for each thread, 64 of them can exhaust `ulimit -v`, and Python may wait for
 # ever for a thread that could not begin.
 THREAD_STACK_BYTES = 1024 * 1024
+THREAD_START_INTERVAL_S = 0.004  # see `Workers`
 OPEN_FILES_KEPT = 16  # for the program itself
 OPEN_FILES_PER_WORKER = 6  # connection, part, metadata, what a command needs
 
@@ -3874,6 +3875,10 @@ class Workers:
 
     They are daemons, so that the program can end while one waits for a server. Where the system
     gives no thread at all, the caller's own does the work.
+
+    They start a moment apart. If all started at once, all would wait for the server at the same
+    time, and then compete for the processor at the same time: a run of 200 videos would take a
+    tenth longer.
     """
 
     def __init__(self, limit: int, tools: Tools) -> None:
@@ -3885,13 +3890,11 @@ class Workers:
         self.done: deque[Result] = deque()  # attempts that have ended, for the leader to take
 
     def start(self, download: Download) -> None:
+        self._todo.put(download)
         if self._threads < self._limit:
-            with contextlib.suppress(RuntimeError):
-                threading.Thread(target=self._run, daemon=True).start()
-                self._threads += 1
-        if self._threads:
-            self._todo.put(download)
-        else:
+            self._start_thread()
+        if self._threads == 0:
+            self._todo.get()
             self._make_attempt(download)
 
     def wait(self, timeout_s: float) -> None:
@@ -3906,6 +3909,13 @@ class Workers:
     def end(self) -> None:
         for _ in range(self._threads):
             self._todo.put(None)
+
+    def _start_thread(self) -> None:
+        """Start one more thread, if the system gives one."""
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=self._run, daemon=True).start()
+            self._threads += 1
+            time.sleep(THREAD_START_INTERVAL_S)
 
     def _run(self) -> None:
         while download := self._todo.get():

@@ -4859,6 +4859,14 @@ def test_few_descriptors_mean_fewer_workers(cdn: Cdn, tmp_path: Path, output_dir
     assert len(cdn.requests) == 60
 
 
+def test_workers_start_a_moment_apart(cdn: Cdn, tmp_path: Path, output_dir: Path) -> None:
+    rows = serve(cdn, 40, Reply(wait_s=0.5), size=SMALL)
+    download(tmp_path, rows, "--workers", "40")
+    assert_home(output_dir, 40, SMALL)
+    asked_at = [request.at for request in cdn.requests]
+    assert max(asked_at) - min(asked_at) > 0.1
+
+
 @pytest.mark.parametrize("count", [0, 3])
 def test_few_threads_mean_fewer_workers(
     cdn: Cdn, tmp_path: Path, output_dir: Path, count: int
