@@ -3383,12 +3383,24 @@ def run_command(command: Command, video: Path, stop: threading.Event) -> None:
             wait_for(process, stop)
             output.seek(0)
             said = last_lines(output)
-        why = f"exit code {process.returncode}" if process.returncode else ""
+        why = why_it_failed(process.returncode)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "not a usable command"
     if why:
         reason = f"not handed over: {command.name}: {why}"
         raise TaskError(reason, "fix that, then run again with --exec", said)
+
+
+def why_it_failed(exit_code: int) -> str:
+    """Return why a command failed, ``""`` if it did not.
+
+    For a command that a signal ended, subprocess gives the number of the signal, negated.
+    """
+    if exit_code == 0:
+        return ""
+    if exit_code > 0:
+        return f"exit code {exit_code}"
+    return f"ended by signal {-exit_code}"
 
 
 def wait_for(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
@@ -4744,7 +4756,7 @@ def verify(directory: Path, console: Console, report: Report) -> None:
         report.begin([outcome.task])  # one by one: two files may be about the same task
         report.record(outcome)
     if videos:
-        console.say("", f"ℹ️ Without metadata, so not checked: {counted(len(videos))}")
+        console.say("", f"ℹ️ Without readable metadata, so not checked: {counted(len(videos))}")
         console.say(*(f"    {printable(name)}" for name in shortened(sorted(videos), NAMES_SHOWN)))
     bad = report.count(Status.FAILED)
     whole = len(report.outcomes) - bad
