@@ -4164,12 +4164,14 @@ def read_tasks(
         saved = saved_at(path)
         saved_s = saved.timestamp() if saved.year >= FIRST_YEAR else time.time()
         try:
-            tasks = read_one_file(path, saved_s, console, name_row, choice)
+            rows = read_one_file(path, saved_s, console, name_row)
         except JobError as error:
             errors.append(str(error))
             continue
-        named += sum(choice.names(task) for task in tasks)
-        chosen = [task for task in tasks if choice.takes(task)]
+        named += sum(choice.names(task) for task in rows.tasks)
+        chosen = [task for task in rows.tasks if choice.takes(task)]
+        tell_of_rows(chosen, len(rows.tasks) - len(chosen), console)
+        console.complain(*shortened(rows.wrong, NAMES_SHOWN))
         found.extend(chosen)
         if time.time() - saved_s < WARNED_FOR_S:
             recent_keys.update(task.key for task in chosen)
@@ -4184,24 +4186,16 @@ def read_tasks(
 
 
 def read_one_file(
-    path: Path,
-    saved_s: float,
-    console: Console,
-    name_row: Callable[[JsonObject], str],
-    choice: Choice,
-) -> list[Task]:
-    """Return the tasks of one results file, and print what is in it of those that were chosen.
+    path: Path, saved_s: float, console: Console, name_row: Callable[[JsonObject], str]
+) -> Rows:
+    """Return the rows of one results file, with lines to print of what is wrong with them.
 
-    Raises `JobError` if it cannot be read.
+    Prints which file it is. Raises `JobError` if it cannot be read.
     """
     name = "standard input" if path == STANDARD_INPUT else printable(path.name)
     console.say("", f"📋 Processing: {name}")
     rows = read_rows(read_results(path), name_row, saved_s)
-    chosen = [task for task in rows.tasks if choice.takes(task)]
-    tell_of_rows(chosen, len(rows.tasks) - len(chosen), console)
-    lines = [f"  ⚠️ {name}, {each}" for each in rows.wrong]
-    console.complain(*shortened(lines, NAMES_SHOWN))
-    return rows.tasks
+    return Rows(rows.tasks, [f"  ⚠️ {name}, {each}" for each in rows.wrong])
 
 
 def warn_of_odd_statuses(tasks: Iterable[Task], console: Console) -> None:
