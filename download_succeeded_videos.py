@@ -4750,7 +4750,8 @@ def verify(directory: Path, console: Console, report: Report) -> None:
         report.begin([outcome.task])  # one by one: two files may be about the same task
         report.record(outcome)
     if videos:
-        console.say("", f"ℹ️ Without readable metadata, so not checked: {counted(len(videos))}")
+        count = counted(len(videos))
+        console.say("", f"ℹ️ Without metadata that can be read, so not checked: {count}")
         console.say(*(f"    {printable(name)}" for name in shortened(sorted(videos), NAMES_SHOWN)))
     bad = report.count(Status.FAILED)
     whole = len(report.outcomes) - bad

@@ -6929,7 +6929,7 @@ def test_verify_accepts_all_that_a_run_leaves_or_keeps(tmp_path: Path, cdn: Cdn)
     assert result.returncode == 0
     assert result.stderr == ""
     assert re.search(r"\b3 whole\b", result.stdout)
-    assert "Without readable metadata, so not checked: 2 videos" in result.stdout
+    assert "Without metadata that can be read, so not checked: 2 videos" in result.stdout
     assert {"loose.mp4", "odd.mp4"} <= set(result.stdout.split())
 
 
