@@ -153,24 +153,15 @@ JsonObject = Mapping[str, Any]  # a JSON object
 
 DEFAULT_OUTPUT_DIR = "video_outputs"
 RESULTS_PREFIX = "runway_polling_results_"
-RESULTS_MAX_BYTES = 1_000_000_000
-METADATA_MAX_BYTES = 10_000_000  # a longer .json in the output directory is another program's
 HIDDEN_DIR = ".dsv"
 HIDDEN_DIR_NAME = re.compile(r"\.dsv(-[0-9a-f]{8})?")
 GALLERY_NAME = "index.html"
-GALLERY_MAX_S = 300.0
-
-MAX_WORKERS = 64
 
 BYTES_PER_MB = 1024 * 1024
-NAME_MAX_BYTES = 143  # eCryptfs and encrypted folders of some NAS take no longer names
-NAME_TRIES = 10
 DAY_S = 86_400.0
 
-EXISTING_SHOWN = 3
-VIDEOS_LISTED = 10
-LISTING_MAX_S = 10.0  # a mount that has fallen silent must not keep the run from ending
-NAMES_SHOWN = 20
+NAME_TRIES = 10  # at a name, while other programs keep taking or removing it
+NAMES_SHOWN = 20  # of what is wrong for one reason
 BLOCKS_SHOWN = 20  # a run of more tasks prints one line for each video
 
 
@@ -386,7 +377,6 @@ RUNWAY_STATUSES = {"PENDING", "RUNNING", "THROTTLED", SUCCEEDED, *ENDED_STATUSES
 
 FIRST_YEAR = 2018
 ASKED_FOR_S = 7 * DAY_S  # Runway is not asked about tasks that were submitted longer ago
-WARNED_FOR_S = 3 * DAY_S  # without a key, the tasks of older files are not worth a warning
 
 TEXT_FIELDS = (
     "task_id",
@@ -511,6 +501,7 @@ def parse_time(text: str) -> float | None:
 # --- Results files: which ones, and what is in them -------------------------------------------
 
 STANDARD_INPUT = Path("-")
+RESULTS_MAX_BYTES = 1_000_000_000
 LOOKS_LIKE = '{"task_results": [{"task_id": …, "final_status": "SUCCEEDED", "video_url": …}]}'
 
 
@@ -619,6 +610,8 @@ def parse_results(data: bytes) -> dict[str, Any]:
 
 
 # --- Names: a stub is a name, never a path ----------------------------------------------------
+
+NAME_MAX_BYTES = 143  # eCryptfs and encrypted folders of some NAS take no longer names
 
 _UNSAFE = re.compile(
     r'[\x00-\x1f\x7f-\x9f<>:"/\\|?*\ud800-\udfff'  # separators, control, not encodable
@@ -1078,6 +1071,8 @@ def inspect_path(path: str | Path, size_bytes: int) -> Content:
 
 
 # --- Metadata: <stub>.json --------------------------------------------------------------------
+
+METADATA_MAX_BYTES = 10_000_000  # a longer .json in the output directory is another program's
 
 
 def file_info(size_bytes: int, sha256: str) -> dict[str, Any]:
@@ -2072,12 +2067,12 @@ def system_reason(found: Sequence[BaseException]) -> str:
 def explain(error: BaseException, timeout_s: float, is_proxied: bool = False) -> TaskError:
     """Return a library's exception in our words: theirs may hold the link, query and all."""
     found = causes(error)
-    through = "through the proxy, " if is_proxied else ""
     final = explain_certificate(found) or explain_address(error, is_proxied)
     if final:
         return final
     if any(isinstance(each, requests.exceptions.ProxyError) for each in found):
         return explain_proxy(found)
+    through = "through the proxy, " if is_proxied else ""
     reason = system_reason(found)
     if reason:
         return TransientError(f"{through}the connection failed: {reason}")
@@ -2549,7 +2544,7 @@ class Retries:
         return max(self._backoff_s(error) * (0.5 + jitter / 2), error.wait_s)
 
     def _take_free_try(self, error: TransientError, now_s: float) -> bool:
-        """Return whether this fault uses up no try, and count it."""
+        """Count a fault; return whether it uses up no try."""
         if isinstance(error, PartGone):
             self._parts_gone += 1
             return self._parts_gone <= PART_GONE_MAX
@@ -2561,7 +2556,7 @@ class Retries:
         The doublings are bounded as well, since a float cannot hold 2 to the power of 1024.
         """
         if error.is_pressure:
-            doublings = self.tries - 2  # the next try, which is the second or later, is counted
+            doublings = self.tries - 2  # 0 before the second try, which `tries` counts already
             return min(BACKOFF_BASE_S * 2.0 ** min(doublings, 10), PRESSURE_MAX_S)
         doublings = max(self._failures - 1, 0)  # 0 if all failures were free
         return min(BACKOFF_BASE_S * 2.0 ** min(doublings, 10), BACKOFF_MAX_S)
@@ -2636,7 +2631,6 @@ class Outcome:
                 "http_status": fault.http_status,
             }
         expiry = link_expiry(self.link or self.task.link)
-        # --verify finds fault with a video that has bytes.
         # A failure has a path only if there is a file: one that --verify finds fault with, or one
         # that a dry run has seen.
         has_path = self.is_on_disk or self.status is Status.PENDING or bool(self.size_bytes)
@@ -2849,6 +2843,8 @@ def rename_over_empty(hidden_path: Path, final: Path) -> None:
 
 
 # --- One download: attempts at one task, from the look at the directory to the video -----------
+
+MAX_WORKERS = 64
 
 
 @dataclass(frozen=True)
@@ -3518,6 +3514,8 @@ class Report:
 
 # --- How it all looks ---------------------------------------------------------------------------
 
+VIDEOS_LISTED = 10  # in the summary
+
 
 def outcome_block(outcome: Outcome, number: str) -> list[str]:
     """Return the block of lines about one task; ``number`` is ``k/N``.
@@ -3704,6 +3702,7 @@ def stopped_sentence(report: Report, on_disk: int, bad: int, waiting: int) -> st
 
 TICK_S = 0.25
 SILENCE_S = 30.0
+LISTING_MAX_S = 10.0  # a mount that has fallen silent must not keep the run from ending
 RATE_WINDOW_S = 5.0
 # What a stream may raise that is closed, None, replaced by a program, or of an unknown encoding.
 CONSOLE_ERRORS = (OSError, ValueError, AttributeError, TypeError, LookupError)
@@ -4130,6 +4129,8 @@ class Run:
 
 # --- Reading the tasks of results files ----------------------------------------------------------
 
+WARNED_FOR_S = 3 * DAY_S  # without a key, the tasks of older files are not worth a warning
+
 
 @dataclass(frozen=True)
 class Found:
@@ -4246,9 +4247,20 @@ def warn_without_key(tasks: Sequence[Task], directory: Path, console: Console) -
 # --- VideoDownloader: the door for programs -----------------------------------------------------
 
 INDEX_KEPT_S = 30.0
-# The callbacks, and what `_start_afresh` sets.
-UNPICKLED = {"on_outcome", "on_progress"}
-UNPICKLED |= {"_console", "_report", "_index", "_tls_context", "_stop", "_turn", "_is_checked"}
+EXISTING_SHOWN = 3  # videos that were there already and are named; the others are counted
+UNPICKLED = {
+    # The callbacks
+    "on_outcome",
+    "on_progress",
+    # What `VideoDownloader._start_afresh` sets
+    "_console",
+    "_report",
+    "_index",
+    "_tls_context",
+    "_stop",
+    "_turn",
+    "_is_checked",
+}
 
 
 class VideoDownloader:
@@ -5031,6 +5043,8 @@ def is_own_page(page: Path) -> bool:
 
 
 # --- The command line: the door for people -------------------------------------------------------
+
+GALLERY_MAX_S = 300.0  # it reads all metadata, perhaps over a network
 
 
 def setting(name: str) -> Callable[[str], float]:
